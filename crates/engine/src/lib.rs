@@ -1,0 +1,1 @@
+//! Carries runs out: snapshot, restore, boot, verify, delete.

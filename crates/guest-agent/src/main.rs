@@ -1,0 +1,2 @@
+//! The program in the guest.
+fn main() {}

@@ -1,0 +1,1 @@
+//! What Stillpoint says to QEMU's monitor, as pure code.

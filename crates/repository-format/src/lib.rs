@@ -1,0 +1,1 @@
+//! Bytes at rest: the code half of docs/format/repository.md.

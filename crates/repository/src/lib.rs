@@ -1,0 +1,1 @@
+//! The snapshot store: writer, reader, verify, delete.

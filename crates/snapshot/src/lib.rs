@@ -1,0 +1,1 @@
+//! The meaning of a snapshot: request, run, level, receipt.

@@ -1,0 +1,1 @@
+//! Shells towards a virtual machine: monitor, agent, NBD, twin.

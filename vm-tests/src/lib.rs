@@ -1,0 +1,1 @@
+//! Real guests under real QEMU prove what only a kernel can.

@@ -1,0 +1,2 @@
+//! The project's own commands: setup, test, demo, bench, check.
+fn main() {}
