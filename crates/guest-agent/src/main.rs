@@ -1,2 +1,3 @@
 //! The program in the guest.
+
 fn main() {}

@@ -2,4 +2,7 @@
 //!
 //! No I/O, clock, threads or randomness: bytes come in as arguments, and what should be done comes out.
 
+pub mod error;
 pub mod stillpoint;
+
+pub use error::{Class, Error};

@@ -1,0 +1,4 @@
+//! The program in the guest, as a library so that its tests can reach every room.
+
+pub mod logging;
+pub mod run;
