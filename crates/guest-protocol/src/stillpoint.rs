@@ -342,6 +342,9 @@ pub struct ApplicationReport {
     pub device_numbers: Vec<String>,
     /// Its own flush or lock was granted before the freeze.
     pub quiesced: bool,
+    /// What was granted is a lock that keeps its writers out until after the thaw (not only a flush).
+    #[serde(default)]
+    pub locked: bool,
     /// After the thaw: same server, same session, lock never released.
     pub held: bool,
     /// Crash-safe by its own settings, all of which could be read (with `quiesced`: flushed before the freeze).
