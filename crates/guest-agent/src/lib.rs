@@ -1,4 +1,5 @@
 //! The program in the guest, as a library so that its tests can reach every room.
 
 pub mod logging;
+pub mod quiesce;
 pub mod run;

@@ -1,0 +1,10 @@
+//! Quiescing applications: every one is found, flushed before the freeze, held over it and checked after the thaw.
+//!
+//! The agent never speaks to an application itself. Each instance is served by a worker process: this program again,
+//! with the rights of the application's own user and nothing open but a pipe to the agent. Between freeze and thaw
+//! nothing is sent to anybody.
+
+mod applications;
+pub mod worker;
+
+pub use applications::Applications;
