@@ -1,0 +1,232 @@
+//! Block devices, nodes and images.
+
+use crate::bitmap::Bitmap;
+use crate::command::{Nothing, commands};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Asks for what the guest's disk devices have inserted.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct QueryBlock {}
+
+/// Asks for every named node of the block graph.
+#[derive(Clone, Debug, Serialize)]
+pub struct QueryNamedBlockNodes {
+    /// Without each node's whole backing chain.
+    pub flat: bool,
+}
+
+/// A guest's disk device, or a drive without device.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct Device {
+    /// Drive id of `-drive`, or empty.
+    #[serde(default)]
+    pub device: String,
+    /// Id or object path of the device; absent if the drive is in none.
+    #[serde(default)]
+    pub qdev: Option<String>,
+    /// Its medium can be changed: CD-ROM, floppy.
+    #[serde(default)]
+    pub removable: bool,
+    /// What is inserted; absent: the drive is empty.
+    #[serde(default)]
+    pub inserted: Option<Node>,
+}
+
+/// A node of the block graph.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Node {
+    /// Its name; `#block123` if QEMU chose it.
+    #[serde(default)]
+    pub node_name: Option<String>,
+    /// Its driver: `raw`, `qcow2`, `file`, a filter …
+    #[serde(default)]
+    pub drv: String,
+    /// The file name as QEMU shows it.
+    #[serde(default)]
+    pub file: String,
+    /// It cannot be written.
+    #[serde(default)]
+    pub ro: bool,
+    /// What QEMU knows of the image.
+    #[serde(default)]
+    pub image: Image,
+    /// The bitmaps on it.
+    #[serde(default)]
+    pub dirty_bitmaps: Vec<Bitmap>,
+}
+
+/// An image.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Image {
+    /// File name as opened; a JSON description for composed ones.
+    #[serde(default)]
+    pub filename: String,
+    /// Format as opened (this is no probe: QEMU was told).
+    #[serde(default)]
+    pub format: String,
+    /// Size that the guest sees, in bytes.
+    #[serde(default)]
+    pub virtual_size: u64,
+    /// Facts of the format; for qcow2 `data.compat` is `0.10` (version 2) or `1.1` (version 3).
+    #[serde(default)]
+    pub format_specific: Value,
+}
+
+impl Image {
+    /// A qcow2 of version 3, which can keep bitmaps.
+    pub fn keeps_bitmaps(&self) -> bool {
+        self.format == "qcow2"
+            && self.format_specific["data"]["compat"].as_str().is_some_and(|compat| compat != "0.10")
+    }
+}
+
+/// Opens a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "driver", rename_all = "kebab-case")]
+pub enum BlockdevAdd {
+    /// A file on the host.
+    #[serde(rename_all = "kebab-case")]
+    File {
+        /// Name of the new node, at most 31 bytes.
+        node_name: String,
+        /// Absolute path.
+        filename: String,
+        /// How writes reach it.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        cache: Option<Cache>,
+    },
+    /// A qcow2 image.
+    #[serde(rename_all = "kebab-case")]
+    Qcow2 {
+        /// Name of the new node.
+        node_name: String,
+        /// The node that holds the image's bytes.
+        file: String,
+        /// How writes reach it.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        cache: Option<Cache>,
+    },
+    /// The filter that copies old data to `target` before the guest overwrites it.
+    #[serde(rename_all = "kebab-case")]
+    CopyBeforeWrite {
+        /// Name of the new node.
+        node_name: String,
+        /// The guest's disk.
+        file: String,
+        /// The scratch image.
+        target: String,
+        /// What to do when the copy fails.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        on_cbw_error: Option<OnCbwError>,
+        /// Longest time that a guest's write waits for the copy, in seconds; 0: for ever.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        cbw_timeout: Option<u32>,
+        /// Copy (and let read) only what this bitmap holds when the node is opened.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        bitmap: Option<crate::export::BitmapReference>,
+    },
+    /// What the disk held when the filter was put in place.
+    #[serde(rename_all = "kebab-case")]
+    SnapshotAccess {
+        /// Name of the new node.
+        node_name: String,
+        /// The `copy-before-write` node.
+        file: String,
+    },
+}
+
+/// What a `copy-before-write` filter does when its copy fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnCbwError {
+    /// The guest's write fails.
+    BreakGuestWrite,
+    /// The guest's write succeeds, every later read of the snapshot fails.
+    BreakSnapshot,
+}
+
+/// How writes reach an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Cache {
+    /// Past the host's page cache.
+    pub direct: bool,
+    /// Flushes do nothing: for data that need not survive the host.
+    pub no_flush: bool,
+}
+
+/// Closes a node that nothing uses.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockdevDel {
+    /// Its name.
+    pub node_name: String,
+}
+
+/// Writes an empty image into an open node, as a job.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockdevCreate {
+    /// Id of the job; it has to be dismissed.
+    pub job_id: String,
+    /// What to create.
+    pub options: CreateOptions,
+}
+
+/// What to create.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "driver", rename_all = "kebab-case")]
+pub enum CreateOptions {
+    /// A qcow2 image.
+    Qcow2 {
+        /// The node that will hold the image's bytes.
+        file: String,
+        /// Virtual size in bytes, a multiple of 512.
+        size: u64,
+    },
+}
+
+commands! {
+    QueryBlock => "query-block" -> Vec<Device>;
+    QueryNamedBlockNodes => "query-named-block-nodes" -> Vec<Node>;
+    BlockdevAdd => "blockdev-add" -> Nothing;
+    BlockdevDel => "blockdev-del" -> Nothing;
+    BlockdevCreate => "blockdev-create" -> Nothing;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_filter_is_written_as_qemu_reads_it() {
+        let add = BlockdevAdd::CopyBeforeWrite {
+            node_name: "c".into(),
+            file: "d".into(),
+            target: "s".into(),
+            on_cbw_error: Some(OnCbwError::BreakSnapshot),
+            cbw_timeout: Some(10),
+            bitmap: None,
+        };
+        assert_eq!(
+            serde_json::to_string(&add).unwrap(),
+            r#"{"driver":"copy-before-write","node-name":"c","file":"d","target":"s","on-cbw-error":"break-snapshot","cbw-timeout":10}"#
+        );
+    }
+
+    #[test]
+    fn only_qcow2_of_version_3_keeps_bitmaps() {
+        let image = |format: &str, compat: &str| Image {
+            format: format.into(),
+            format_specific: serde_json::json!({"type": format, "data": {"compat": compat}}),
+            ..Image::default()
+        };
+        assert!(image("qcow2", "1.1").keeps_bitmaps());
+        assert!(!image("qcow2", "0.10").keeps_bitmaps());
+        assert!(!image("raw", "1.1").keeps_bitmaps());
+        assert!(!Image::default().keeps_bitmaps());
+    }
+}
