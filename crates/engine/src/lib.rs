@@ -1,1 +1,4 @@
-//! Carries runs out: snapshot, restore, boot, verify, delete.
+//! Carries runs out: snapshot, restore, boot, verify.
+
+pub mod pieces;
+pub mod register;

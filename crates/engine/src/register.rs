@@ -1,0 +1,234 @@
+//! The host's register: which VMs Stillpoint knows, and by which sockets it reaches them.
+//!
+//! One small file a VM in a private folder, replaced by rename: a crash leaves the old entry or the new one.
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Longest VM name, in bytes: it becomes a file name.
+pub const NAME_BYTES_MAX: usize = 64;
+
+/// One VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmEntry {
+    /// Name on this host.
+    pub name: String,
+    /// QEMU's monitor: a unix socket that speaks QMP.
+    pub qmp: PathBuf,
+    /// The guest agent's channel: the host end of `org.qemu.guest_agent.0`; absent: no agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<PathBuf>,
+}
+
+/// Why the register could not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum RegisterError {
+    /// A name that cannot be one.
+    #[error("'{0}' cannot be a VM's name: use 1 to 64 letters, digits, '-', '_' or '.', beginning with a letter or digit")]
+    BadName(String),
+    /// Not registered.
+    #[error("no VM named '{0}' is registered")]
+    Unknown(String),
+    /// Already registered.
+    #[error("a VM named '{0}' is registered already")]
+    Exists(String),
+    /// Another run works on the VM.
+    #[error("another run is working on '{0}'")]
+    Busy(String),
+    /// The entry cannot be read.
+    #[error("the entry {path} cannot be read: {cause}")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// The state folder failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// The state folder of this host.
+#[derive(Clone, Debug)]
+pub struct Register {
+    folder: PathBuf,
+}
+
+/// Held while a run works on a VM; another process meanwhile gets `Busy`. The kernel drops it with the process.
+#[derive(Debug)]
+pub struct VmLock {
+    _file: File,
+}
+
+impl Register {
+    /// Opens the state folder, making it (0700) if there is none.
+    ///
+    /// # Errors
+    /// `Io` if it cannot be made.
+    pub fn open(folder: &Path) -> Result<Self, RegisterError> {
+        for part in ["vms", "journal", "scratch"] {
+            make_private(&folder.join(part))?;
+        }
+        Ok(Self { folder: folder.to_owned() })
+    }
+
+    /// Folder of the journals.
+    pub fn journals(&self) -> PathBuf {
+        self.folder.join("journal")
+    }
+
+    /// Folder under which each run makes its private one.
+    pub fn scratch(&self) -> PathBuf {
+        self.folder.join("scratch")
+    }
+
+    /// Adds a VM.
+    ///
+    /// # Errors
+    /// `BadName`, `Exists`, `Io`.
+    pub fn add(&self, entry: &VmEntry) -> Result<(), RegisterError> {
+        let path = self.path(&entry.name)?;
+        if path.exists() {
+            return Err(RegisterError::Exists(entry.name.clone()));
+        }
+        let text = serde_json::to_vec_pretty(entry).map_err(|e| damaged(&path, &e))?;
+        write_private(&path, &text)
+    }
+
+    /// One VM.
+    ///
+    /// # Errors
+    /// `BadName`, `Unknown`, `Damaged`, `Io`.
+    pub fn get(&self, name: &str) -> Result<VmEntry, RegisterError> {
+        let path = self.path(name)?;
+        let text = match fs::read(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(RegisterError::Unknown(name.to_owned())),
+            other => other.map_err(|source| RegisterError::Io { path: path.clone(), source })?,
+        };
+        serde_json::from_slice(&text).map_err(|e| damaged(&path, &e))
+    }
+
+    /// Every VM, by name.
+    ///
+    /// # Errors
+    /// `Damaged`, `Io`.
+    pub fn list(&self) -> Result<Vec<VmEntry>, RegisterError> {
+        let folder = self.folder.join("vms");
+        let io = |source| RegisterError::Io { path: folder.clone(), source };
+        let mut names = Vec::new();
+        for file in fs::read_dir(&folder).map_err(io)? {
+            let file = file.map_err(io)?.file_name();
+            names.extend(file.to_str().and_then(|name| name.strip_suffix(".json")).map(str::to_owned));
+        }
+        names.sort();
+        names.iter().map(|name| self.get(name)).collect()
+    }
+
+    /// Forgets a VM. Its snapshots stay.
+    ///
+    /// # Errors
+    /// `BadName`, `Unknown`, `Busy`, `Io`.
+    pub fn remove(&self, name: &str) -> Result<(), RegisterError> {
+        self.get(name)?;
+        let _lock = self.lock(name)?;
+        let path = self.path(name)?;
+        fs::remove_file(&path).map_err(|source| RegisterError::Io { path, source })
+    }
+
+    /// Claims a VM for one run.
+    ///
+    /// # Errors
+    /// `Busy` if another process holds it.
+    pub fn lock(&self, name: &str) -> Result<VmLock, RegisterError> {
+        let path = self.path(name)?.with_extension("lock");
+        let io = |source| RegisterError::Io { path: path.clone(), source };
+        let file =
+            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(io)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(VmLock { _file: file }),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(RegisterError::Busy(name.to_owned())),
+            Err(errno) => Err(io(errno.into())),
+        }
+    }
+
+    fn path(&self, name: &str) -> Result<PathBuf, RegisterError> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let first = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+        if !first || name.len() > NAME_BYTES_MAX || !name.chars().all(plain) {
+            return Err(RegisterError::BadName(name.to_owned()));
+        }
+        Ok(self.folder.join("vms").join(format!("{name}.json")))
+    }
+}
+
+fn damaged(path: &Path, cause: &serde_json::Error) -> RegisterError {
+    RegisterError::Damaged { path: path.to_owned(), cause: cause.to_string() }
+}
+
+/// Makes a folder that only we can enter.
+pub(crate) fn make_private(path: &Path) -> Result<(), RegisterError> {
+    let io = |source| RegisterError::Io { path: path.to_owned(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)
+}
+
+/// Replaces a file by rename, synced before and after, so that a crash leaves the old content or the new.
+pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), RegisterError> {
+    let io = |source| RegisterError::Io { path: path.to_owned(), source };
+    let new = path.with_extension("new");
+    let mut file =
+        OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&new).map_err(io)?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io)?;
+    fs::rename(&new, path).map_err(io)?;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(io)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(name: &str) -> VmEntry {
+        VmEntry { name: name.to_owned(), qmp: "/run/db1.qmp".into(), agent: None }
+    }
+
+    #[test]
+    fn a_vm_is_added_once_listed_and_forgotten() {
+        let folder = tempfile::tempdir().unwrap();
+        let register = Register::open(folder.path()).unwrap();
+        register.add(&entry("web.1")).unwrap();
+        register.add(&entry("db1")).unwrap();
+        assert!(matches!(register.add(&entry("db1")), Err(RegisterError::Exists(_))));
+        assert_eq!(register.list().unwrap(), [entry("db1"), entry("web.1")]);
+        register.remove("db1").unwrap();
+        assert!(matches!(register.get("db1"), Err(RegisterError::Unknown(_))));
+    }
+
+    #[test]
+    fn a_name_never_leaves_the_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let register = Register::open(folder.path()).unwrap();
+        for name in ["", ".", "..", "../x", "a/b", ".hidden", "a\0b", &"x".repeat(65)] {
+            assert!(matches!(register.add(&entry(name)), Err(RegisterError::BadName(_))), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn two_runs_never_work_on_one_vm() {
+        let folder = tempfile::tempdir().unwrap();
+        let register = Register::open(folder.path()).unwrap();
+        let first = register.lock("db1").unwrap();
+        assert!(matches!(register.lock("db1"), Err(RegisterError::Busy(_))));
+        drop(first);
+        register.lock("db1").unwrap();
+    }
+}
