@@ -1,1 +1,6 @@
 //! Shells towards a virtual machine: monitor, agent, NBD, twin.
+
+pub mod disks;
+pub mod machine;
+pub mod monitor;
+pub mod unix;

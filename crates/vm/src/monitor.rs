@@ -1,0 +1,233 @@
+//! A connection to QEMU's monitor.
+
+use crate::unix::{self, Peer};
+use qmp::command::{Command, QmpCapabilities};
+use qmp::schema::{QueryQmpSchema, Schema};
+use qmp::session::RequestId;
+use qmp::{CommandError, Event, Greeting, Session, WireError};
+use serde_json::Value;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How long an ordinary command may take. `stop` flushes every disk; give such commands their own limit.
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A command that failed, or a connection that did.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// The socket could not be connected to.
+    #[error("the monitor socket cannot be connected to: {0}")]
+    Connect(#[source] io::Error),
+    /// Connected, but QEMU sent no greeting: it serves one client at a time.
+    #[error("QEMU does not greet: another program holds this monitor")]
+    Busy,
+    /// QEMU closed the connection (or ended) before it answered.
+    #[error("QEMU closed the monitor before it answered {command}")]
+    Closed {
+        /// The command.
+        command: String,
+    },
+    /// No answer in time. The connection stays usable: a late answer is dropped.
+    #[error("QEMU did not answer {command} within {} ms", .limit.as_millis())]
+    Timeout {
+        /// The command.
+        command: String,
+        /// The limit.
+        limit: Duration,
+    },
+    /// QEMU refused or failed the command.
+    #[error("QEMU failed {command}: {error}")]
+    Failed {
+        /// The command.
+        command: String,
+        /// QEMU's words.
+        error: CommandError,
+    },
+    /// The answer does not have the form that we know.
+    #[error("QEMU's answer to {command} is not understood: {source}")]
+    Answer {
+        /// The command.
+        command: String,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// What arrived is not the monitor's protocol.
+    #[error("this is not a QEMU monitor: {0}")]
+    Wire(#[from] WireError),
+    /// Reading or writing failed.
+    #[error("the monitor connection broke: {0}")]
+    Io(#[source] io::Error),
+}
+
+/// A connection to QEMU's monitor. One thread uses it at a time; every wait has a limit.
+#[derive(Debug)]
+pub struct Monitor {
+    stream: UnixStream,
+    session: Session,
+    greeting: Greeting,
+    peer: Option<Peer>,
+}
+
+impl Monitor {
+    /// Connects and ends the negotiation.
+    ///
+    /// # Errors
+    /// `Connect`, `Busy` and those of a command.
+    pub fn connect(path: &Path, limit: Duration) -> Result<Self, MonitorError> {
+        let deadline = Instant::now() + limit;
+        let stream = unix::connect(path, deadline).map_err(|error| {
+            if unix::is_timeout(&error) { MonitorError::Busy } else { MonitorError::Connect(error) }
+        })?;
+        let peer = unix::peer(&stream).ok();
+        let mut monitor = Self { stream, session: Session::new(), greeting: Greeting::default(), peer };
+        monitor.greeting = loop {
+            if let Some(greeting) = monitor.session.greeting() {
+                break greeting.clone();
+            }
+            if !monitor.receive(deadline, "the greeting")? {
+                return Err(MonitorError::Busy);
+            }
+        };
+        monitor.run_within(&QmpCapabilities {}, limit)?;
+        Ok(monitor)
+    }
+
+    /// What QEMU said first.
+    pub fn greeting(&self) -> &Greeting {
+        &self.greeting
+    }
+
+    /// Who made the socket; normally QEMU itself.
+    pub fn peer(&self) -> Option<Peer> {
+        self.peer
+    }
+
+    /// A second handle to the connection's socket, for a program that may only write to it after our death.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn duplicate_socket(&self) -> io::Result<UnixStream> {
+        self.stream.try_clone()
+    }
+
+    /// Runs a command within [`COMMAND_TIMEOUT`].
+    ///
+    /// # Errors
+    /// See [`MonitorError`].
+    pub fn run<C: Command>(&mut self, command: &C) -> Result<C::Answer, MonitorError> {
+        self.run_within(command, COMMAND_TIMEOUT)
+    }
+
+    /// Runs a command within a limit.
+    ///
+    /// # Errors
+    /// See [`MonitorError`].
+    pub fn run_within<C: Command>(
+        &mut self,
+        command: &C,
+        limit: Duration,
+    ) -> Result<C::Answer, MonitorError> {
+        let arguments = serde_json::to_value(command)
+            .map_err(|source| MonitorError::Answer { command: C::NAME.to_owned(), source })?;
+        let answer = self.run_raw(C::NAME, &arguments, limit)?;
+        serde_json::from_value(answer)
+            .map_err(|source| MonitorError::Answer { command: C::NAME.to_owned(), source })
+    }
+
+    /// Runs a command given as name and arguments.
+    ///
+    /// # Errors
+    /// See [`MonitorError`].
+    pub fn run_raw(&mut self, name: &str, arguments: &Value, limit: Duration) -> Result<Value, MonitorError> {
+        let deadline = Instant::now() + limit;
+        let (id, bytes) = self.session.request_raw(name, arguments);
+        let outcome = self.send(&bytes, deadline).and_then(|()| self.answer(id, name, deadline));
+        match outcome {
+            Ok(Some(Ok(answer))) => Ok(answer),
+            Ok(Some(Err(error))) => Err(MonitorError::Failed { command: name.to_owned(), error }),
+            Ok(None) => {
+                self.session.abandon(id);
+                Err(MonitorError::Timeout { command: name.to_owned(), limit })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// QEMU's schema.
+    ///
+    /// # Errors
+    /// See [`MonitorError`].
+    pub fn schema(&mut self) -> Result<Schema, MonitorError> {
+        self.run(&QueryQmpSchema {}).map(Schema::new)
+    }
+
+    /// The next event that fits, now or within the limit; `None` if there was none. Other events stay queued.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub fn wait_event(
+        &mut self,
+        fits: impl Fn(&Event) -> bool,
+        limit: Duration,
+    ) -> Result<Option<Event>, MonitorError> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(event) = self.session.take_event_where(&fits) {
+                return Ok(Some(event));
+            }
+            if !self.receive(deadline, "an event")? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// The oldest queued event, without waiting for one.
+    pub fn take_event(&mut self) -> Option<Event> {
+        self.session.take_event()
+    }
+
+    fn send(&mut self, bytes: &[u8], deadline: Instant) -> Result<(), MonitorError> {
+        // A request is far smaller than the socket's buffer, so one limit for all of it is enough.
+        let left = unix::time_left(deadline).map_err(MonitorError::Io)?;
+        self.stream.set_write_timeout(Some(left)).map_err(MonitorError::Io)?;
+        self.stream.write_all(bytes).map_err(MonitorError::Io)
+    }
+
+    fn answer(
+        &mut self,
+        id: RequestId,
+        name: &str,
+        deadline: Instant,
+    ) -> Result<Option<Result<Value, CommandError>>, MonitorError> {
+        loop {
+            if let Some(answer) = self.session.take_answer(id) {
+                return Ok(Some(answer));
+            }
+            if !self.receive(deadline, name)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Reads once; `false` at the deadline.
+    fn receive(&mut self, deadline: Instant, command: &str) -> Result<bool, MonitorError> {
+        let Ok(left) = unix::time_left(deadline) else { return Ok(false) };
+        self.stream.set_read_timeout(Some(left)).map_err(MonitorError::Io)?;
+        let mut bytes = [0; 65536];
+        match self.stream.read(&mut bytes) {
+            Ok(0) => Err(MonitorError::Closed { command: command.to_owned() }),
+            Ok(count) => {
+                self.session.receive(&bytes[..count])?;
+                Ok(true)
+            }
+            Err(error) if unix::is_timeout(&error) => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                Err(MonitorError::Closed { command: command.to_owned() })
+            }
+            Err(error) => Err(MonitorError::Io(error)),
+        }
+    }
+}
