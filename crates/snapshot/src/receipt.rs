@@ -3,6 +3,7 @@
 //! A receipt says what was done and seen, never what it is worth: `judge` computes that, again and again, from
 //! the receipt alone. Fields are only ever added; a reader takes a missing one as missing evidence.
 
+use crate::Level;
 use guest_protocol::stillpoint::{GuestReport, Reason};
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +15,10 @@ pub struct Receipt {
     pub vm: String,
     /// The run's id; the guest half names the same.
     pub run: String,
+    /// Level that was tried for.
+    pub wanted: Option<Level>,
+    /// Least level that would have been kept.
+    pub required: Option<Level>,
     /// How the disks were cut; absent: they were not.
     pub point: Option<Point>,
     /// Every disk of the VM that counts, in the point or not.
@@ -60,6 +65,35 @@ pub struct DiskEvidence {
     pub pci: Option<String>,
     /// Size in bytes.
     pub size_bytes: u64,
+    /// What was read and stored of it; absent: it was not in the point.
+    pub copy: Option<CopyEvidence>,
+}
+
+/// What was read and stored of one disk.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CopyEvidence {
+    /// How changes were found.
+    pub method: CopyMethod,
+    /// Bytes read from the point.
+    pub read_bytes: u64,
+    /// Bytes that differ from the parent, or all data of a first snapshot.
+    pub changed_bytes: u64,
+    /// Bytes added to the repository.
+    pub stored_bytes: u64,
+}
+
+/// How changes against the parent were found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CopyMethod {
+    /// There is no parent: everything was read.
+    #[default]
+    Full,
+    /// QEMU's dirty bitmap said what to read.
+    Bitmap,
+    /// The bitmap was lost: everything was read and compared with the parent's checksums.
+    Compared,
 }
 
 /// Who answered in the guest.

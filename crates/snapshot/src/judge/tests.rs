@@ -11,6 +11,7 @@ fn perfect() -> Receipt {
         serial: Some(serial.to_owned()),
         pci: None,
         size_bytes: 1 << 30,
+        copy: None,
     };
     Receipt {
         vm: "db1".to_owned(),
