@@ -29,7 +29,10 @@ impl Error {
 
     /// The command is not known.
     pub fn not_found(command: &str) -> Self {
-        Self { class: Class::CommandNotFound, desc: format!("The command {command} has not been found") }
+        Self {
+            class: Class::CommandNotFound,
+            desc: format!("The command {} has not been found", cut(command)),
+        }
     }
 
     /// The command is known but blocked, not allowed, or not possible while frozen.
@@ -38,5 +41,16 @@ impl Error {
             class: Class::CommandNotFound,
             desc: format!("Command {command} has been disabled: the command is not allowed"),
         }
+    }
+}
+
+/// Most of a foreign text that an error repeats, in bytes.
+const FOREIGN_BYTES_MAX: usize = 1024;
+
+/// The beginning of a text that came from outside, short enough to be repeated.
+pub(crate) fn cut(text: &str) -> &str {
+    match text.char_indices().find(|(at, found)| at + found.len_utf8() > FOREIGN_BYTES_MAX) {
+        Some((at, _)) => &text[..at],
+        None => text,
     }
 }

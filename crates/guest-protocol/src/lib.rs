@@ -2,7 +2,17 @@
 //!
 //! No I/O, clock, threads or randomness: bytes come in as arguments, and what should be done comes out.
 
+pub mod answers;
+pub mod arguments;
+pub mod client;
+pub mod command;
+pub mod connection;
 pub mod error;
+pub mod json;
+pub mod members;
 pub mod stillpoint;
 
+pub use client::Client;
+pub use command::{COMMANDS, Call, Command};
+pub use connection::Connection;
 pub use error::{Class, Error};

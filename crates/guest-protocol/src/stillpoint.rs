@@ -91,6 +91,21 @@ pub struct FreezeArguments {
     pub applications: Vec<ApplicationPolicy>,
 }
 
+impl FreezeArguments {
+    /// A run of this id and lease (milliseconds), everything else by default.
+    pub fn new(id: impl Into<String>, lease_ms: u64) -> Self {
+        Self {
+            id: id.into(),
+            lease_ms,
+            prepare_ms_max: prepare_ms_default(),
+            quiesce_ms_max: quiesce_ms_default(),
+            budget_ms: budget_ms_default(),
+            want: want_application(),
+            applications: Vec::new(),
+        }
+    }
+}
+
 const fn want_application() -> Want {
     Want::Application
 }

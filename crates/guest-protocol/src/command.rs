@@ -1,0 +1,230 @@
+//! The commands: one row each, in the order of qemu-ga's schema, ours last.
+
+use crate::members::{self, Members};
+use crate::stillpoint::{CheckArguments, FreezeArguments, RenewArguments, ThawArguments};
+use crate::{Error, arguments};
+
+/// A command with its arguments, understood.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Call {
+    /// `guest-sync-delimited` and `guest-sync`: answer this number.
+    Sync(i64),
+    /// `guest-ping`.
+    Ping,
+    /// `guest-get-time`.
+    GetTime,
+    /// `guest-info`.
+    Info,
+    /// `guest-shutdown`.
+    Shutdown(arguments::Shutdown),
+    /// `guest-fsfreeze-status`.
+    FsfreezeStatus,
+    /// `guest-fsfreeze-freeze`, and `-freeze-list` with its mount points.
+    FsfreezeFreeze(Option<Vec<String>>),
+    /// `guest-fsfreeze-thaw`.
+    FsfreezeThaw,
+    /// `guest-get-fsinfo`.
+    GetFsinfo,
+    /// `guest-exec-status`, of this process id.
+    ExecStatus(i64),
+    /// `guest-exec`.
+    Exec(Box<arguments::Exec>),
+    /// `guest-get-osinfo`.
+    GetOsinfo,
+    /// `stillpoint-check`.
+    StillpointCheck(CheckArguments),
+    /// `stillpoint-freeze`.
+    StillpointFreeze(FreezeArguments),
+    /// `stillpoint-renew`.
+    StillpointRenew(RenewArguments),
+    /// `stillpoint-thaw`.
+    StillpointThaw(ThawArguments),
+    /// `stillpoint-status`.
+    StillpointStatus,
+}
+
+/// What a command means for the order of answers on its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Waits for its turn.
+    Plain,
+    /// Drops what is still owed and is answered at once.
+    Sync {
+        /// Its answer follows a byte 0xFF.
+        delimited: bool,
+    },
+    /// Is carried out even where its answer is no longer wanted.
+    Thaw,
+}
+
+/// One row of the table.
+#[derive(Debug)]
+pub struct Command {
+    /// Name on the wire.
+    pub name: &'static str,
+    /// Whether success is answered.
+    pub answers_success: bool,
+    /// Whether it may be called while frozen.
+    pub while_frozen: bool,
+    /// How it stands to others on its connection.
+    pub order: Order,
+    read: fn(&mut Members) -> Result<Call, Error>,
+}
+
+impl Command {
+    const fn new(name: &'static str, read: fn(&mut Members) -> Result<Call, Error>) -> Self {
+        Self { name, answers_success: true, while_frozen: false, order: Order::Plain, read }
+    }
+
+    const fn while_frozen(mut self) -> Self {
+        self.while_frozen = true;
+        self
+    }
+
+    const fn silent(mut self) -> Self {
+        self.answers_success = false;
+        self
+    }
+
+    const fn order(mut self, order: Order) -> Self {
+        self.order = order;
+        self
+    }
+
+    /// The row of this name.
+    pub fn find(name: &str) -> Option<&'static Command> {
+        COMMANDS.iter().find(|command| command.name == name)
+    }
+
+    /// Understands the arguments.
+    /// # Errors
+    /// As qemu-ga words them: missing, of the wrong type, or unexpected.
+    pub fn read(&self, mut members: Members) -> Result<Call, Error> {
+        let call = (self.read)(&mut members)?;
+        members.finish()?;
+        Ok(call)
+    }
+}
+
+/// Every command. guest-info lists them from the last to the first, as qemu-ga does.
+pub static COMMANDS: &[Command] = &[
+    Command::new("guest-sync-delimited", sync).while_frozen().order(Order::Sync { delimited: true }),
+    Command::new("guest-sync", sync).while_frozen().order(Order::Sync { delimited: false }),
+    Command::new("guest-ping", |_| Ok(Call::Ping)).while_frozen(),
+    Command::new("guest-get-time", |_| Ok(Call::GetTime)),
+    Command::new("guest-info", |_| Ok(Call::Info)).while_frozen(),
+    Command::new("guest-shutdown", |members| arguments::Shutdown::read(members).map(Call::Shutdown)).silent(),
+    Command::new("guest-fsfreeze-status", |_| Ok(Call::FsfreezeStatus)).while_frozen(),
+    Command::new("guest-fsfreeze-freeze", |_| Ok(Call::FsfreezeFreeze(None))),
+    Command::new("guest-fsfreeze-freeze-list", |members| {
+        members.optional("mountpoints", members::strings).map(Call::FsfreezeFreeze)
+    }),
+    Command::new("guest-fsfreeze-thaw", |_| Ok(Call::FsfreezeThaw)).while_frozen().order(Order::Thaw),
+    Command::new("guest-get-fsinfo", |_| Ok(Call::GetFsinfo)),
+    Command::new("guest-exec-status", |members| {
+        members.required("pid", members::integer).map(Call::ExecStatus)
+    }),
+    Command::new("guest-exec", |members| {
+        arguments::Exec::read(members).map(|exec| Call::Exec(Box::new(exec)))
+    }),
+    Command::new("guest-get-osinfo", |_| Ok(Call::GetOsinfo)),
+    Command::new("stillpoint-check", |members| arguments::check(members).map(Call::StillpointCheck)),
+    Command::new("stillpoint-freeze", |members| arguments::freeze(members).map(Call::StillpointFreeze)),
+    Command::new("stillpoint-renew", |members| arguments::renew(members).map(Call::StillpointRenew))
+        .while_frozen(),
+    Command::new("stillpoint-thaw", |members| arguments::thaw(members).map(Call::StillpointThaw))
+        .while_frozen()
+        .order(Order::Thaw),
+    Command::new("stillpoint-status", |_| Ok(Call::StillpointStatus)).while_frozen(),
+];
+
+fn sync(members: &mut Members) -> Result<Call, Error> {
+    members.required("id", members::integer).map(Call::Sync)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{COMMANDS, Call, Command};
+    use crate::members::Members;
+    use serde_json::{Value, json};
+
+    fn read(name: &str, arguments: Value) -> Result<Call, String> {
+        let Value::Object(members) = arguments else { panic!("arguments are an object") };
+        Command::find(name).expect("a known command").read(Members::new(members)).map_err(|error| error.desc)
+    }
+
+    #[track_caller]
+    fn refuses(name: &str, arguments: Value, words: &str) {
+        assert_eq!(read(name, arguments).expect_err("bad arguments"), words);
+    }
+
+    #[test]
+    fn bad_arguments_are_refused_in_the_words_of_qemu_ga() {
+        refuses("guest-sync", json!({}), "Parameter 'id' is missing");
+        refuses("guest-sync", json!({"id": "1"}), "Invalid parameter type for 'id', expected: integer");
+        refuses("guest-sync", json!({"id": 1.0}), "Invalid parameter type for 'id', expected: integer");
+        refuses("guest-sync", json!({"id": u64::MAX}), "Invalid parameter type for 'id', expected: integer");
+        refuses("guest-sync", json!({"id": 1, "x": 2}), "Parameter 'x' is unexpected");
+        refuses("guest-ping", json!({"x": null}), "Parameter 'x' is unexpected");
+        refuses(
+            "guest-exec",
+            json!({"path": "a", "arg": "b"}),
+            "Invalid parameter type for 'arg', expected: array",
+        );
+        refuses(
+            "guest-exec",
+            json!({"path": "a", "arg": [1]}),
+            "Invalid parameter type for 'arg[0]', expected: string",
+        );
+        let words = "Invalid parameter type for 'capture-output', expected: GuestExecCaptureOutput";
+        refuses("guest-exec", json!({"path": "a", "capture-output": 1}), words);
+        let words = "Parameter 'capture-output' does not accept value 'foo'";
+        refuses("guest-exec", json!({"path": "a", "capture-output": "foo"}), words);
+    }
+
+    #[test]
+    fn our_own_arguments_have_defaults_and_limits() {
+        let Ok(Call::StillpointFreeze(freeze)) =
+            read("stillpoint-freeze", json!({"id": "a", "lease_ms": 5000}))
+        else {
+            panic!("refused")
+        };
+        assert_eq!(
+            (freeze.prepare_ms_max, freeze.quiesce_ms_max, freeze.budget_ms),
+            (120_000, 10_000, 5_000)
+        );
+        refuses("stillpoint-freeze", json!({"id": "a"}), "Parameter 'lease_ms' is missing");
+        refuses("stillpoint-thaw", json!({"id": ""}), "Parameter 'id' does not accept value ''");
+        refuses(
+            "stillpoint-check",
+            json!({"want": "clean"}),
+            "Parameter 'want' does not accept value 'clean'",
+        );
+        let policies = json!({"applications": [{"kind": "postgresql", "policy": "maybe"}]});
+        refuses(
+            "stillpoint-check",
+            policies,
+            "Parameter 'applications[0].policy' does not accept value 'maybe'",
+        );
+        let policies = json!({"applications": [{"kind": "postgresql", "policy": "off", "x": 1}]});
+        refuses("stillpoint-check", policies, "Parameter 'applications[0].x' is unexpected");
+    }
+
+    #[test]
+    fn only_these_may_be_called_while_frozen() {
+        let names: Vec<_> =
+            COMMANDS.iter().filter(|command| command.while_frozen).map(|command| command.name).collect();
+        assert_eq!(
+            names.join(" "),
+            "guest-sync-delimited guest-sync guest-ping guest-info guest-fsfreeze-status guest-fsfreeze-thaw \
+             stillpoint-renew stillpoint-thaw stillpoint-status"
+        );
+    }
+
+    #[test]
+    fn names_are_unique() {
+        for (index, command) in COMMANDS.iter().enumerate() {
+            assert!(COMMANDS[index + 1..].iter().all(|other| other.name != command.name), "{}", command.name);
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! A stream of JSON values out of whatever pieces the bytes arrive in, with limits and recovery.
+
+use super::lexer::{Kind, Lexer, Position};
+use super::parser::Parser;
+use super::text;
+use crate::Error;
+use serde_json::Value;
+
+/// What one message may cost. The defaults are qemu-ga's.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Longest token, and longest sum of tokens, in bytes.
+    pub token_bytes_max: usize,
+    /// Most tokens.
+    pub tokens_max: usize,
+    /// Deepest nesting.
+    pub depth_max: usize,
+    /// Parse errors begin with `LINE:COL: `, as from qemu-ga 11.1 on.
+    pub error_position: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { token_bytes_max: 64 << 20, tokens_max: 2 << 20, depth_max: 1024, error_position: true }
+    }
+}
+
+/// What a stream is made of.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Item {
+    /// A complete value.
+    Value(Value),
+    /// What was no value, in the words of the answer to it.
+    Error(Error),
+}
+
+/// Reads values, and answers what is none with the errors of qemu-ga.
+#[derive(Debug)]
+pub struct Reader {
+    limits: Limits,
+    lexer: Lexer,
+    message: Message,
+    /// The latest error was a limit's: the 0xFF with which a host then starts afresh is not answered.
+    after_limit: bool,
+}
+
+/// The message being read.
+#[derive(Debug)]
+struct Message {
+    parser: Parser,
+    /// The grammar was broken and answered; the rest of the message is passed over.
+    failed: bool,
+    braces: i64,
+    brackets: i64,
+    bytes: usize,
+    tokens: usize,
+}
+
+impl Message {
+    fn new() -> Self {
+        Self { parser: Parser::new(), failed: false, braces: 0, brackets: 0, bytes: 0, tokens: 0 }
+    }
+
+    /// Closing more than was opened ends a message too, as a broken one.
+    fn is_open(&self) -> bool {
+        (self.braces > 0 || self.brackets > 0) && self.braces >= 0 && self.brackets >= 0
+    }
+}
+
+impl Reader {
+    /// A reader at the start of a stream.
+    pub fn new(limits: Limits) -> Self {
+        let lexer = Lexer::new(limits.token_bytes_max);
+        Self { limits, lexer, message: Message::new(), after_limit: false }
+    }
+
+    /// Drops an unfinished message, as when its sender is gone.
+    pub fn reset(&mut self) {
+        self.lexer.reset();
+        self.message = Message::new();
+        self.after_limit = false;
+    }
+
+    /// Takes bytes from `input` up to the end of the next item; `None` when they are used up before.
+    pub fn next(&mut self, input: &mut &[u8]) -> Option<Item> {
+        loop {
+            let kind = self.lexer.next(input)?;
+            if let Some(item) = self.token(kind) {
+                return Some(item);
+            }
+        }
+    }
+
+    fn token(&mut self, kind: Kind) -> Option<Item> {
+        let began = self.lexer.began();
+        let bytes = self.lexer.text().len();
+        if kind == Kind::Stray {
+            let silent = std::mem::take(&mut self.after_limit) && self.lexer.text() == [0xFF];
+            self.message = Message::new();
+            let stray = format!("stray '{}'", text::shown(self.lexer.text()));
+            return (!silent).then(|| Item::Error(self.parse_error(began, &stray)));
+        }
+        self.after_limit = false;
+        self.count(kind);
+        let limit = if kind == Kind::TooLong || self.message.bytes + bytes + 1 > self.limits.token_bytes_max {
+            Some("JSON token size limit exceeded")
+        } else if self.message.tokens + 1 > self.limits.tokens_max {
+            Some("JSON token count limit exceeded")
+        } else if self.message.braces + self.message.brackets
+            > i64::try_from(self.limits.depth_max).unwrap_or(i64::MAX)
+        {
+            Some("JSON nesting depth limit exceeded")
+        } else {
+            None
+        };
+        if let Some(limit) = limit {
+            self.message = Message::new();
+            self.after_limit = true;
+            return Some(Item::Error(Error::generic(limit)));
+        }
+        self.message.bytes += bytes;
+        self.message.tokens += 1;
+        let mut item = None;
+        if !self.message.failed {
+            match self.message.parser.push(kind, self.lexer.text()) {
+                Ok(value) => item = value.map(Item::Value),
+                Err(text) => {
+                    self.message.failed = true;
+                    item = Some(Item::Error(self.parse_error(began, &text)));
+                }
+            }
+        }
+        if !self.message.is_open() {
+            self.message = Message::new();
+        }
+        item
+    }
+
+    fn count(&mut self, kind: Kind) {
+        match kind {
+            Kind::OpenBrace => self.message.braces += 1,
+            Kind::CloseBrace => self.message.braces -= 1,
+            Kind::OpenBracket => self.message.brackets += 1,
+            Kind::CloseBracket => self.message.brackets -= 1,
+            _ => {}
+        }
+    }
+
+    fn parse_error(&self, at: Position, text: &str) -> Error {
+        let prefix =
+            if self.limits.error_position { format!("{}:{}: ", at.line, at.column) } else { String::new() };
+        Error::generic(format!("{prefix}JSON parse error, {text}"))
+    }
+}
+
+#[cfg(test)]
+mod tests;
