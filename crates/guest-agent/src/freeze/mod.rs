@@ -1,0 +1,15 @@
+//! Freezing and thawing file systems.
+//!
+//! `gather` reads facts, `plan` decides (pure), `reach` opens a folder on each superblock, `crew` calls the kernel from
+//! a thread for each, `guard` is the process that thaws when nobody else does, and `ledger` is the record that all of
+//! them and a restarted agent share.
+
+pub mod crew;
+pub mod facts;
+pub mod gather;
+pub mod guard;
+pub mod kernel;
+pub mod ledger;
+pub mod mountinfo;
+pub mod plan;
+pub mod reach;
