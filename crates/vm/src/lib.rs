@@ -3,4 +3,5 @@
 pub mod disks;
 pub mod machine;
 pub mod monitor;
+pub mod nbd_client;
 pub mod unix;
