@@ -1,12 +1,21 @@
 //! All applications of one run.
 
-use guest_protocol::stillpoint::{ApplicationPolicy, ApplicationReport, Reason};
+use super::channel::Note;
+use super::instance::{Instance, Turn};
+use super::kinds::KINDS;
+use super::process;
+use super::worker::Program;
+use guest_protocol::stillpoint::{APPLICATIONS_MAX, ApplicationPolicy, ApplicationReport, Policy, Reason};
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// Freeze budget where no application was found, in milliseconds.
 const BUDGET_MS_DEFAULT: u64 = 5_000;
+/// Stack of the thread that waits for one worker, in bytes; it does nothing but wait and copy.
+const STACK_BYTES: usize = 256 << 10;
 
 /// All applications of one run, in the phase that was called last.
 ///
@@ -15,7 +24,12 @@ const BUDGET_MS_DEFAULT: u64 = 5_000;
 /// releases everything that is held, by ending the workers.
 #[must_use = "dropping it resumes the applications"]
 pub struct Applications {
-    reports: Vec<ApplicationReport>,
+    instances: Vec<Instance>,
+    /// `None` when it could not be copied, or nothing needs it.
+    program: Option<Program>,
+    reasons: Vec<Reason>,
+    /// Policies `required` that no instance answers to.
+    missing: Vec<Reason>,
     abort: Arc<AtomicBool>,
 }
 
@@ -23,58 +37,167 @@ impl Applications {
     /// Finds every instance on the machine and gives it its policy (the one that names the instance, else the one
     /// that names its kind, else `preferred`). Opens files: call it before the freeze. Connects to nothing.
     pub fn discover(policies: &[ApplicationPolicy], deadline: Instant) -> Self {
-        let (_, _) = (policies, deadline);
-        Self { reports: Vec::new(), abort: Arc::default() }
+        Self::discover_with(Path::new("/proc/self/exe"), policies, deadline)
+    }
+
+    /// As `discover`, for a caller that is not itself the agent: `program` is.
+    pub fn discover_with(program: &Path, policies: &[ApplicationPolicy], deadline: Instant) -> Self {
+        let mut reasons = Vec::new();
+        let mut instances = Vec::new();
+        let pids = process::all_pids().unwrap_or_else(|error| {
+            reasons.push(Reason::new("not_found", "/proc", format!("processes cannot be listed: {error}")));
+            Vec::new()
+        });
+        for kind in KINDS {
+            for found in (kind.discover)(&pids, deadline) {
+                let policy = policy_of(policies, kind.name, &found.instance);
+                instances.push(Instance::new(kind, found, policy));
+            }
+        }
+        if instances.len() > APPLICATIONS_MAX {
+            let message = format!("{} found, {APPLICATIONS_MAX} are served", instances.len());
+            reasons.push(Reason::new("too_many_applications", "applications", message));
+            instances.truncate(APPLICATIONS_MAX);
+        }
+        let missing = missing(policies, &instances);
+        let wanted = instances.iter().any(|instance| instance.report.policy != Policy::Off);
+        let program = match wanted.then(|| Program::copy_of(program)).transpose() {
+            Ok(program) => program,
+            Err(error) => {
+                let note = Note::new("worker_lost", format!("no worker can be started: {error}"));
+                instances.iter_mut().for_each(|instance| instance.out(note.clone()));
+                None
+            }
+        };
+        Self { instances, program, reasons, missing, abort: Arc::default() }
     }
 
     /// Ends the running phase early when set by another thread: what is not done counts as failed (`aborted`).
+    /// `resume` is not ended by it.
     #[must_use]
     pub fn abort_flag(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.abort)
     }
 
     /// Connects and reads the settings, but flushes and locks nothing: for `stillpoint-check`.
-    pub fn rehearse(&mut self, _deadline: Instant) {}
+    pub fn rehearse(&mut self, deadline: Instant) {
+        self.each(deadline, Instance::rehearse, &self.abort_flag());
+    }
 
     /// Does the slow and harmless work (PostgreSQL: the first CHECKPOINT), all applications at the same time.
-    pub fn prepare(&mut self, _deadline: Instant) {}
+    pub fn prepare(&mut self, deadline: Instant) {
+        self.each(deadline, Instance::prepare, &self.abort_flag());
+    }
 
     /// Takes what must be held over the freeze and records positions, all applications at the same time.
     /// `per_application` bounds each one, `deadline` all of them.
-    pub fn quiesce(&mut self, _per_application: Duration, _deadline: Instant) {}
+    pub fn quiesce(&mut self, per_application: Duration, deadline: Instant) {
+        self.each(deadline.min(Instant::now() + per_application), Instance::quiesce, &self.abort_flag());
+    }
 
     /// After the thaw (or a failure before it): checks that nothing was lost in between, then resumes.
     /// Safe to call in any phase, and twice.
-    pub fn resume(&mut self, _deadline: Instant) {}
+    pub fn resume(&mut self, deadline: Instant) {
+        self.each(deadline, Instance::resume, &AtomicBool::new(false));
+    }
 
     /// The evidence, for the guest's half of the receipt.
     #[must_use]
     pub fn reports(&self) -> Vec<ApplicationReport> {
-        self.reports.clone()
+        self.instances.iter().map(|instance| instance.report.clone()).collect()
     }
 
-    /// What concerns no single application (too many of them, an unreadable `/proc`).
+    /// What concerns no single application: too many of them, an unreadable `/proc`, `required` ones not found.
     #[must_use]
     pub fn reasons(&self) -> Vec<Reason> {
-        Vec::new()
+        self.reasons.iter().chain(&self.missing).cloned().collect()
     }
 
     /// The smallest freeze budget of the applications found, in milliseconds.
     #[must_use]
     pub fn budget_ms(&self) -> u64 {
-        BUDGET_MS_DEFAULT
+        let budgets = self.instances.iter().map(|instance| instance.freeze_budget.as_millis());
+        budgets.min().and_then(|least| u64::try_from(least).ok()).unwrap_or(BUDGET_MS_DEFAULT)
     }
 
-    /// Why the run must fail: an application with policy `required` is not found, not quiesced, or was not held.
+    /// Why the run must fail: an application with policy `required` is not found, a phase of it failed, or (once
+    /// resumed) it was not held.
     #[must_use]
     pub fn required_failure(&self) -> Option<Reason> {
-        None
+        let mut required = self.instances.iter().filter(|one| one.report.policy == Policy::Required);
+        self.missing.first().cloned().or_else(|| required.find_map(Instance::failure))
     }
 
     /// The processes of the applications found and of our workers, so that they are not unknown writers.
     /// Reads `/proc`: not while frozen.
     #[must_use]
     pub fn pids(&self) -> Vec<u32> {
-        Vec::new()
+        let running = self.instances.iter().filter(|instance| instance.process.runs());
+        let mut ours: BTreeSet<u32> = running.map(|instance| instance.process.pid).collect();
+        let parents = process::parents().unwrap_or_default();
+        // Children of children come in later rounds; there are as many rounds as generations.
+        loop {
+            let before = ours.len();
+            let children = parents.iter().filter(|(_, parent)| ours.contains(parent));
+            ours.extend(children.map(|(child, _)| *child).collect::<Vec<_>>());
+            if ours.len() == before {
+                break;
+            }
+        }
+        ours.extend(self.instances.iter().filter_map(Instance::worker_pid));
+        ours.into_iter().collect()
     }
+
+    /// Has every instance do something, each in its own thread.
+    fn each(&mut self, until: Instant, phase: fn(&mut Instance, &Turn<'_>), abort: &AtomicBool) {
+        let Some(program) = &self.program else { return };
+        let turn = &Turn { program, until, abort };
+        std::thread::scope(|scope| {
+            let mut unhelped = Vec::new();
+            for instance in &mut self.instances {
+                let slot = Arc::new(std::sync::Mutex::new(Some(instance)));
+                let theirs = Arc::clone(&slot);
+                let work = move || {
+                    let instance = theirs.lock().ok().and_then(|mut slot| slot.take());
+                    if let Some(instance) = instance {
+                        phase(instance, turn);
+                    }
+                };
+                let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, work);
+                if thread.is_err() {
+                    unhelped.push(slot);
+                }
+            }
+            // The guest is short of threads: then one after another.
+            for slot in unhelped {
+                let instance = slot.lock().ok().and_then(|mut slot| slot.take());
+                if let Some(instance) = instance {
+                    phase(instance, turn);
+                }
+            }
+        });
+    }
+}
+
+/// The policy that fits best.
+fn policy_of(policies: &[ApplicationPolicy], kind: &str, instance: &str) -> Policy {
+    let of_kind = || policies.iter().filter(|policy| policy.kind == kind);
+    let named = of_kind().find(|policy| policy.instance.as_deref() == Some(instance));
+    named
+        .or_else(|| of_kind().find(|policy| policy.instance.is_none()))
+        .map_or(Policy::Preferred, |one| one.policy)
+}
+
+/// Policies `required` that nothing on the machine answers to.
+fn missing(policies: &[ApplicationPolicy], instances: &[Instance]) -> Vec<Reason> {
+    let answers = |policy: &ApplicationPolicy, report: &ApplicationReport| {
+        report.kind == policy.kind && policy.instance.as_ref().is_none_or(|named| *named == report.instance)
+    };
+    let required = policies.iter().filter(|policy| policy.policy == Policy::Required);
+    let unanswered = required.filter(|policy| !instances.iter().any(|one| answers(policy, &one.report)));
+    let reason = |policy: &ApplicationPolicy| {
+        let subject = format!("{} {}", policy.kind, policy.instance.as_deref().unwrap_or("(any)"));
+        Reason::new("not_found", subject, "required, but no such application runs here")
+    };
+    unanswered.map(reason).collect()
 }

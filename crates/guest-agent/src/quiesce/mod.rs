@@ -5,6 +5,12 @@
 //! nothing is sent to anybody.
 
 mod applications;
+mod channel;
+mod instance;
+mod kinds;
+mod postgresql;
+mod process;
+mod root;
 pub mod worker;
 
 pub use applications::Applications;

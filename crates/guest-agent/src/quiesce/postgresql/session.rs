@@ -1,0 +1,176 @@
+//! A worker's session with one server, the same from prepare to resume.
+
+use super::wire::{Trouble, connect_as_any, row};
+use super::{Order, evidence, unlogged};
+use crate::quiesce::channel::{Answer, Note, Phase};
+use crate::quiesce::worker::Session;
+use std::io;
+use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
+use tokio_postgres::Client;
+
+/// The oldest server whose functions are all known. Source: PostgreSQL's release notes.
+const VERSION_NUM_MIN: u32 = 110_000;
+/// Since then an idle session may be ended by a setting.
+const IDLE_TIMEOUT_VERSION_NUM: u32 = 140_000;
+/// Longest CHECKPOINT: the first may have much to write, the second only what came since.
+const FIRST_CHECKPOINT: Duration = Duration::from_secs(60);
+const SECOND_CHECKPOINT: Duration = Duration::from_secs(10);
+
+/// Makes a session that will connect when it is first asked to do something.
+/// # Errors
+/// When the order is not understood or no runtime can be made.
+pub(super) fn open(order: serde_json::Value, socket: RawFd) -> io::Result<Box<dyn Session>> {
+    let order = serde_json::from_value(order)?;
+    // One thread, run only while a phase waits: in between it does nothing at all.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(Box::new(Postgres { runtime, server: Server { order, socket, held: None } }))
+}
+
+struct Postgres {
+    runtime: Runtime,
+    server: Server,
+}
+
+impl Session for Postgres {
+    fn phase(&mut self, phase: Phase, until: Instant) -> Answer {
+        let server = &mut self.server;
+        let timeout_code = match phase {
+            Phase::Rehearse => "rehearse_timeout",
+            Phase::Prepare => "prepare_timeout",
+            Phase::Quiesce => "quiesce_timeout",
+            Phase::Resume => "post_check_failed",
+        };
+        let done = self.runtime.block_on(async {
+            let work = async {
+                match phase {
+                    Phase::Rehearse => server.rehearse().await,
+                    Phase::Prepare => server.prepare(until).await,
+                    Phase::Quiesce => server.quiesce(until).await,
+                    Phase::Resume => server.resume().await,
+                }
+            };
+            tokio::time::timeout_at(until.into(), work).await
+        });
+        match done {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(trouble)) => Answer::failed(trouble.code(timeout_code), trouble.to_string()),
+            Err(_) => Answer::failed(timeout_code, "the server did not answer in time"),
+        }
+    }
+}
+
+struct Server {
+    order: Order,
+    socket: RawFd,
+    held: Option<Held>,
+}
+
+/// A live connection, and what must be the same after the thaw.
+struct Held {
+    client: Client,
+    role: String,
+    backend_pid: String,
+    started: String,
+}
+
+impl Server {
+    async fn rehearse(&mut self) -> Result<Answer, Trouble> {
+        let held = match self.connected().await? {
+            Ok(held) => held,
+            Err(unsupported) => return Ok(unsupported),
+        };
+        let mut answer = evidence::read(&held.client).await?;
+        // A rehearsal promises no position.
+        answer.position = None;
+        Ok(answer)
+    }
+
+    async fn prepare(&mut self, until: Instant) -> Result<Answer, Trouble> {
+        let (order_for_databases, socket) = (self.order.clone(), self.socket);
+        let held = match self.connected().await? {
+            Ok(held) => held,
+            Err(unsupported) => return Ok(unsupported),
+        };
+        let mut answer = Answer::default();
+        match held.checkpoint(FIRST_CHECKPOINT, until).await {
+            Ok(took) => {
+                drop(answer.facts.insert("prepare_checkpoint_ms".to_owned(), took.as_millis().to_string()))
+            }
+            // The second one may still make it: a checkpoint that was given up goes on in the server.
+            Err(trouble @ Trouble::Cancelled) => {
+                answer.notes.push(Note::new("prepare_timeout", format!("first CHECKPOINT: {trouble}")));
+            }
+            Err(trouble) => return Err(trouble),
+        }
+        answer.notes.extend(unlogged::look(&held.client, &order_for_databases, socket, &held.role).await);
+        answer.facts.insert("role".to_owned(), held.role.clone());
+        Ok(answer)
+    }
+
+    async fn quiesce(&mut self, until: Instant) -> Result<Answer, Trouble> {
+        let held = match self.connected().await? {
+            Ok(held) => held,
+            Err(unsupported) => return Ok(unsupported),
+        };
+        let took = held.checkpoint(SECOND_CHECKPOINT, until).await?;
+        let mut answer = evidence::read(&held.client).await?;
+        answer.facts.insert("quiesce_checkpoint_ms".to_owned(), took.as_millis().to_string());
+        answer.facts.insert("session_pid".to_owned(), held.backend_pid.clone());
+        answer.facts.insert("server_started".to_owned(), held.started.clone());
+        Ok(answer)
+    }
+
+    /// The same backend of the same server still answers on the same connection.
+    async fn resume(&mut self) -> Result<Answer, Trouble> {
+        // Taken out: whatever comes of it, the session ends with this phase.
+        let held = self.held.take().ok_or(Trouble::Closed)?;
+        let (backend_pid, started) = held.identity().await?;
+        if (&backend_pid, &started) != (&held.backend_pid, &held.started) {
+            let message = format!("session {backend_pid} of a server started {started} answered");
+            return Ok(Answer::failed("post_check_failed", message));
+        }
+        Ok(Answer::default())
+    }
+
+    /// The session, made if there is none yet. The inner error is an answer: a server too old to be understood.
+    async fn connected(&mut self) -> Result<Result<&Held, Answer>, Trouble> {
+        if self.held.is_none() {
+            let (client, role) = connect_as_any(&self.order, self.socket).await?;
+            let version = row(&client, "SELECT current_setting('server_version_num')").await?.remove(0);
+            let number: u32 = version.parse().unwrap_or(0);
+            if number < VERSION_NUM_MIN {
+                let message = format!("server version {version} is older than any that is known");
+                return Ok(Err(Answer::failed("unsupported_version", message)));
+            }
+            if number >= IDLE_TIMEOUT_VERSION_NUM {
+                client.simple_query("SET idle_session_timeout = 0").await?;
+            }
+            let mut held = Held { client, role, backend_pid: String::new(), started: String::new() };
+            (held.backend_pid, held.started) = held.identity().await?;
+            self.held = Some(held);
+        }
+        Ok(self.held.as_ref().ok_or_else(|| Answer::failed("session_lost", "no session")))
+    }
+}
+
+impl Held {
+    /// Has the server write out everything, within its own time limit and ours. Tells how long it took.
+    async fn checkpoint(&self, longest: Duration, until: Instant) -> Result<Duration, Trouble> {
+        let begin = Instant::now();
+        let left = until.saturating_duration_since(begin);
+        // Less than is left, so that the server gives up before we do, and the session stays usable.
+        let limit = longest.min(left - left / 10).as_millis().max(1);
+        self.client.simple_query(&format!("SET statement_timeout = {limit}")).await?;
+        self.client.simple_query("CHECKPOINT").await?;
+        self.client.simple_query("SET statement_timeout = '10s'").await?;
+        Ok(begin.elapsed())
+    }
+
+    async fn identity(&self) -> Result<(String, String), Trouble> {
+        let statement = "SELECT pg_backend_pid(), extract(epoch FROM pg_postmaster_start_time())::text";
+        let mut values = row(&self.client, statement).await?.into_iter();
+        Ok((values.next().unwrap_or_default(), values.next().unwrap_or_default()))
+    }
+}

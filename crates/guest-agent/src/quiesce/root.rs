@@ -1,0 +1,249 @@
+//! Paths as a process sees them: resolved below that process's root and never outside of it, and the superblocks
+//! that they lie on.
+
+use super::process::Process;
+use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat, openat2};
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// The number that no superblock has: stands for a file system that could not be told, so that the host counts it
+/// as outside the point.
+pub(super) const UNKNOWN_DEVICE: &str = "0:0";
+
+/// The root and the mounts of one process.
+#[derive(Debug)]
+pub(super) struct Root {
+    folder: OwnedFd,
+    /// It is our own root, in our own mount namespace.
+    own: bool,
+    mounts: Vec<Mount>,
+}
+
+impl Root {
+    /// # Errors
+    /// When the process ended, or its `/proc` folder may not be read.
+    pub(super) fn of(process: &Process) -> io::Result<Self> {
+        let folder = process.place("root")?;
+        let (theirs, ours) = (fstat(&folder)?, rustix::fs::stat("/")?);
+        let same_namespace = std::fs::read_link("/proc/self/ns/mnt")? == process.link("ns/mnt")?;
+        let own = same_namespace && (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino);
+        Ok(Self { folder, own, mounts: parse_mountinfo(&process.read("mountinfo")?) })
+    }
+
+    /// Is it the root that we have ourselves?
+    pub(super) fn is_own(&self) -> bool {
+        self.own
+    }
+
+    /// Opens what the process would find under `path`, as a mere place.
+    ///
+    /// `..`, absolute and relative symbolic links stay below its root (`RESOLVE_IN_ROOT`, Linux 5.6); `/proc` links
+    /// that would leave it are refused.
+    /// # Errors
+    /// As `open`; `ENOSYS` on an older kernel, if the root is not our own.
+    pub(super) fn open(&self, path: &Path) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        match openat2(&self.folder, path, flags, Mode::empty(), resolve) {
+            // Where the root is our own there is nothing to be kept inside of.
+            Err(rustix::io::Errno::NOSYS) if self.own => {
+                Ok(openat(rustix::fs::CWD, path, flags, Mode::empty())?)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// A small file below the root.
+    /// # Errors
+    /// As opening and reading it; `InvalidData` when it is longer than `bytes_max`.
+    pub(super) fn read(&self, path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+        let name = path.file_name().unwrap_or(OsStr::new("."));
+        let folder = self.open(path.parent().unwrap_or(Path::new("/")))?;
+        super::process::read_below(folder, Path::new(name), bytes_max)
+    }
+
+    /// The superblock (`MAJOR:MINOR` as in mountinfo) that an open place lies on.
+    ///
+    /// `st_dev` will not do: on btrfs it is the subvolume's. An overlay keeps what is written in its upper folder,
+    /// so that folder's superblock is told.
+    /// # Errors
+    /// When the kernel does not say to which mount the place belongs.
+    pub(super) fn superblock_of(&self, place: impl AsFd) -> io::Result<String> {
+        let place = place.as_fd();
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", place.as_raw_fd()))?;
+        let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).map(str::trim);
+        let Some(mount) = id.and_then(|id| self.mounts.iter().find(|mount| mount.id == id)) else {
+            // A mount of a namespace that the process does not show: the plain number is the best there is.
+            let device = fstat(place)?.st_dev;
+            return Ok(format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device)));
+        };
+        match &mount.upper {
+            Some(upper) => superblock_of_upper(upper).or_else(|_| Ok(mount.device_number.clone())),
+            None => Ok(mount.device_number.clone()),
+        }
+    }
+
+    /// The superblocks of everything directly in a folder, of the folder itself, and of what its symbolic links
+    /// lead to. `path` is the folder as the process sees it. A place that cannot be told is `UNKNOWN_DEVICE`.
+    pub(super) fn superblocks_below(&self, path: &Path, entries_max: usize) -> BTreeSet<String> {
+        let mut numbers = BTreeSet::new();
+        let unknown = || UNKNOWN_DEVICE.to_owned();
+        let told = |path: &Path| self.open(path).and_then(|place| self.superblock_of(place));
+        numbers.insert(told(path).unwrap_or_else(|_| unknown()));
+        let entries = self.list(path, entries_max).unwrap_or_else(|_| vec![None]);
+        for name in entries {
+            match name {
+                Some(name) => match told(&path.join(OsStr::from_bytes(&name))) {
+                    Ok(number) => drop(numbers.insert(number)),
+                    // It may have been removed since it was listed: files come and go in a living folder.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound && !self.is_link(path, &name) => {}
+                    Err(_) => drop(numbers.insert(unknown())),
+                },
+                None => drop(numbers.insert(unknown())),
+            }
+        }
+        numbers
+    }
+
+    fn is_link(&self, folder: &Path, name: &[u8]) -> bool {
+        let at = self.open(folder).ok();
+        at.is_some_and(|at| rustix::fs::readlinkat(&at, OsStr::from_bytes(name), Vec::new()).is_ok())
+    }
+
+    /// Names in a folder; `None` at the end stands for those beyond the limit.
+    fn list(&self, path: &Path, entries_max: usize) -> io::Result<Vec<Option<Vec<u8>>>> {
+        let place = self.open(path)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = openat(&place, ".", flags, Mode::empty())?;
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&folder)? {
+            let name = entry?.file_name().to_bytes().to_vec();
+            if name == b"." || name == b".." {
+                continue;
+            }
+            if names.len() == entries_max {
+                names.push(None);
+                break;
+            }
+            names.push(Some(name));
+        }
+        Ok(names)
+    }
+}
+
+/// An upper folder is named as the mounter saw it, which for container engines is our own view.
+fn superblock_of_upper(upper: &Path) -> io::Result<String> {
+    let own = Process::open(std::process::id())?;
+    let root = Root::of(&own)?;
+    let place = root.open(upper)?;
+    let mut inner = root;
+    // One level only: an overlay on an overlay is told as the lower one's own number.
+    for mount in &mut inner.mounts {
+        mount.upper = None;
+    }
+    inner.superblock_of(place)
+}
+
+#[derive(Debug, PartialEq)]
+struct Mount {
+    id: String,
+    device_number: String,
+    upper: Option<std::path::PathBuf>,
+}
+
+/// Source: `Documentation/filesystems/proc.rst`, section 3.5.
+fn parse_mountinfo(text: &[u8]) -> Vec<Mount> {
+    let text = String::from_utf8_lossy(text);
+    let parse = |line: &str| {
+        let (front, back) = line.split_once(" - ")?;
+        let mut front = front.split(' ');
+        let (id, _parent, device_number) = (front.next()?, front.next()?, front.next()?);
+        let mut back = back.splitn(3, ' ');
+        let (kind, _source, options) = (back.next()?, back.next()?, back.next().unwrap_or_default());
+        let upper = options.split(',').find_map(|option| option.strip_prefix("upperdir="));
+        let upper = upper.filter(|_| kind == "overlay").map(|path| unescape(path).into());
+        Some(Mount { id: id.to_owned(), device_number: device_number.to_owned(), upper })
+    };
+    text.lines().filter_map(parse).collect()
+}
+
+/// Blanks, tabs, newlines and backslashes stand as `\OOO` in mountinfo.
+fn unescape(text: &str) -> std::ffi::OsString {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let octal = tail
+            .get(..3)
+            .filter(|_| first == b'\\')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        match octal {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            None => {
+                bytes.push(first);
+                rest = tail;
+            }
+        }
+    }
+    std::os::unix::ffi::OsStringExt::from_vec(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own_root() -> Root {
+        Root::of(&Process::open(std::process::id()).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn an_overlay_is_told_by_its_upper_folder() {
+        let text = b"30 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+            31 30 0:44 / /c rw shared:1 - overlay overlay rw,lowerdir=/l,upperdir=/u\\040x/diff,workdir=/w\n";
+        let mounts = parse_mountinfo(text);
+        assert_eq!(mounts[0].upper, None);
+        assert_eq!(mounts[0].device_number, "8:1");
+        assert_eq!(mounts[1].upper.as_deref(), Some(Path::new("/u x/diff")));
+    }
+
+    #[test]
+    fn a_place_in_proc_is_on_proc() {
+        let root = own_root();
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let line = mounts.lines().find(|line| line.split(' ').nth(4) == Some("/proc")).unwrap();
+        let place = root.open(Path::new("/proc/version")).unwrap();
+        assert_eq!(root.superblock_of(place).unwrap(), line.split(' ').nth(2).unwrap());
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_is_an_unknown_superblock() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = own_root();
+        let known = root.superblocks_below(folder.path(), 16);
+        assert!(!known.contains(UNKNOWN_DEVICE) && known.len() == 1, "{known:?}");
+        std::os::unix::fs::symlink("/nonexistent/place", folder.path().join("pg_wal")).unwrap();
+        assert!(root.superblocks_below(folder.path(), 16).contains(UNKNOWN_DEVICE));
+    }
+
+    #[test]
+    fn links_do_not_lead_out_of_a_root() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("etc")).unwrap();
+        std::fs::write(folder.path().join("etc/passwd"), "inside").unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", folder.path().join("absolute")).unwrap();
+        std::os::unix::fs::symlink("../../../../etc/passwd", folder.path().join("etc/relative")).unwrap();
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let place = rustix::fs::open(folder.path(), flags, Mode::empty()).unwrap();
+        let root = Root { folder: place, own: false, mounts: Vec::new() };
+        let inside = rustix::fs::stat(folder.path().join("etc/passwd")).unwrap().st_ino;
+        for link in ["/absolute", "/etc/relative"] {
+            assert_eq!(fstat(root.open(Path::new(link)).unwrap()).unwrap().st_ino, inside, "{link}");
+        }
+    }
+}
