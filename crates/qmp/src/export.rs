@@ -30,7 +30,7 @@ pub enum SocketAddress {
 }
 
 /// Exports a node over NBD, read-only.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BlockExportAdd {
     /// Always `nbd`.
@@ -48,7 +48,7 @@ pub struct BlockExportAdd {
 }
 
 /// The kind of an export.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ExportKind {
     /// NBD.

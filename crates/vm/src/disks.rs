@@ -19,6 +19,8 @@ pub struct DeviceFacts {
     pub serial: String,
     /// `DDDD:BB:SS.F` of the PCI device that carries it.
     pub pci: Option<String>,
+    /// Its requests are served by an I/O thread.
+    pub io_thread: bool,
 }
 
 /// How the guest reaches a disk.
@@ -62,6 +64,9 @@ pub struct Disk {
     pub bus: Bus,
     /// The image can keep bitmaps over a restart of QEMU.
     pub keeps_bitmaps: bool,
+    /// Its requests are served by an I/O thread, which a point does not allow yet.
+    #[serde(default)]
+    pub io_thread: bool,
 }
 
 /// Why a drive does not count, or cannot be cut now.
@@ -124,6 +129,7 @@ pub fn decide(devices: &[Device], facts: &BTreeMap<String, DeviceFacts>) -> Driv
                 pci: facts.pci.clone(),
                 bus: bus(&facts.kind),
                 keeps_bitmaps: node.drv == "qcow2" && node.image.keeps_bitmaps(),
+                io_thread: facts.io_thread,
             }),
             Err(why) => drives.left_out.push(LeftOut { name, why }),
         }
@@ -266,7 +272,10 @@ mod tests {
             let qdev = device.qdev.clone()?;
             let pci = Some("0000:00:04.0".to_owned());
             let path = device_path(&qdev);
-            Some((qdev, DeviceFacts { path, kind: (*kind).into(), serial: (*serial).into(), pci }))
+            Some((
+                qdev,
+                DeviceFacts { path, kind: (*kind).into(), serial: (*serial).into(), pci, io_thread: false },
+            ))
         });
         let facts = facts.collect();
         let list: Vec<_> = devices.iter().map(|(device, ..)| device.clone()).collect();
@@ -418,6 +427,7 @@ mod tests {
             pci: None,
             bus: Bus::Scsi,
             keeps_bitmaps: true,
+            io_thread: false,
         };
         let good = Bitmap {
             name: Some("b".into()),

@@ -4,4 +4,5 @@ pub mod disks;
 pub mod machine;
 pub mod monitor;
 pub mod nbd_client;
+pub mod point;
 pub mod unix;

@@ -175,8 +175,8 @@ fn device_facts(monitor: &mut Monitor, buses: &[pci::Bus], qdev: &str) -> Result
     let has = |name: &str| properties.contains(name);
     let kind = text(monitor, &path, "type")?;
     let serial = if has("serial") { text(monitor, &path, "serial")? } else { String::new() };
-    let pci = pci_address(monitor, buses, &path)?;
-    Ok(DeviceFacts { path, kind, serial, pci })
+    let carrier = carrier(monitor, buses, &path)?;
+    Ok(DeviceFacts { path, kind, serial, pci: carrier.pci, io_thread: carrier.io_thread })
 }
 
 fn properties(monitor: &mut Monitor, path: &str) -> Result<BTreeSet<String>, MonitorError> {
@@ -187,33 +187,43 @@ fn properties(monitor: &mut Monitor, path: &str) -> Result<BTreeSet<String>, Mon
     }
 }
 
+/// What carries a disk's device.
+#[derive(Debug, Default)]
+struct Carrier {
+    pci: Option<String>,
+    io_thread: bool,
+}
+
 /// Climbs from a device over its bus to the PCI device that carries it.
-fn pci_address(
-    monitor: &mut Monitor,
-    buses: &[pci::Bus],
-    path: &str,
-) -> Result<Option<String>, MonitorError> {
+fn carrier(monitor: &mut Monitor, buses: &[pci::Bus], path: &str) -> Result<Carrier, MonitorError> {
     let mut path = path.to_owned();
+    let mut carrier = Carrier::default();
     for _ in 0..CLIMB_MAX {
         let properties = properties(monitor, &path)?;
-        if properties.contains("legacy-addr") {
-            let address = text(monitor, &path, "legacy-addr")?;
-            let bus = text(monitor, &path, "parent_bus")?;
-            return Ok(bus_number(buses, &bus).map(|bus| format!("0000:{bus:02x}:{address}")));
+        let has = |name: &str| properties.contains(name);
+        if has("iothread") && !text(monitor, &path, "iothread")?.is_empty() {
+            carrier.io_thread = true;
         }
-        let up = if properties.contains("parent_bus") {
-            text(monitor, &path, "parent_bus")?
-        } else {
-            String::new()
-        };
+        // Several threads for one device: a list that is empty or null when unused.
+        if has("iothread-vq-mapping") {
+            let get = QomGet { path: path.clone(), property: "iothread-vq-mapping".to_owned() };
+            let list = monitor.run(&get).unwrap_or_default();
+            carrier.io_thread |= list.as_array().is_some_and(|list| !list.is_empty());
+        }
+        let parent_bus = if has("parent_bus") { text(monitor, &path, "parent_bus")? } else { String::new() };
+        if has("legacy-addr") {
+            let address = text(monitor, &path, "legacy-addr")?;
+            carrier.pci = bus_number(buses, &parent_bus).map(|bus| format!("0000:{bus:02x}:{address}"));
+            break;
+        }
         // A device hangs on a bus; a bus is a child of the device that makes it.
-        let from = if up.is_empty() { path } else { up };
+        let from = if parent_bus.is_empty() { path } else { parent_bus };
         match from.rsplit_once('/') {
             Some((parent, _)) if parent.len() > "/machine".len() => path = parent.to_owned(),
-            _ => return Ok(None),
+            _ => break,
         }
     }
-    Ok(None)
+    Ok(carrier)
 }
 
 /// Number of a PCI bus, from its path in the object tree: 0 for the root's, else that behind its bridge.

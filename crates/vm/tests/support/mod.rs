@@ -23,6 +23,24 @@ impl Qemu {
         Self { child: spawn(folder.path(), arguments), folder }
     }
 
+    /// The same, with a small tmpfs at `name` that only this QEMU sees; others reach it by `/proc/PID/root`.
+    pub fn start_with_small_tmpfs(
+        prepare: impl FnOnce(&Path),
+        arguments: &[&str],
+        name: &str,
+        size: &str,
+    ) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        prepare(folder.path());
+        std::fs::create_dir(folder.path().join(name)).unwrap();
+        let script = format!("mount -t tmpfs -o size={size} none {name} && exec qemu-system-x86_64 \"$@\"");
+        let mut command = Command::new("unshare");
+        // Without root, a user namespace of our own gives the right to mount.
+        let flags = if rustix::process::geteuid().is_root() { "-m" } else { "-Urm" };
+        command.args([flags, "sh", "-c", &script, "qemu"]);
+        Self { child: spawn_by(command, folder.path(), arguments), folder }
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
@@ -67,7 +85,7 @@ impl Qemu {
             monitor.run(&qmp::machine::Quit {}).unwrap();
         }
         self.child.wait().unwrap();
-        std::fs::remove_file(self.socket()).or_else(|_| Ok::<(), ()>(())).unwrap();
+        std::fs::remove_file(self.socket()).ok();
         self.child = spawn(self.folder.path(), arguments);
     }
 }
@@ -80,8 +98,12 @@ impl Drop for Qemu {
 }
 
 fn spawn(folder: &Path, arguments: &[&str]) -> Child {
+    spawn_by(Command::new("qemu-system-x86_64"), folder, arguments)
+}
+
+fn spawn_by(mut command: Command, folder: &Path, arguments: &[&str]) -> Child {
     let log = File::create(folder.join("log")).unwrap();
-    Command::new("qemu-system-x86_64")
+    command
         .current_dir(folder)
         .args(["-accel", "tcg", "-m", "64", "-display", "none", "-nodefaults", "-no-user-config", "-S"])
         .args(["-qmp", "unix:qmp,server=on,wait=off"])

@@ -1,0 +1,130 @@
+//! Carries a plan out: prepare, cut, export.
+
+use crate::monitor::{Monitor, MonitorError};
+use crate::point::plan::{DiskExport, Plan};
+use crate::point::restart::Restarter;
+use crate::point::steps::StepError;
+use qmp::machine::{Cont, QueryStatus, Stop};
+use std::io;
+use std::time::{Duration, Instant};
+
+/// A point that failed. Whatever was put in place is removed by [`release`](crate::point::release).
+#[derive(Debug, thiserror::Error)]
+pub enum PointError {
+    /// This QEMU lacks something.
+    #[error("this QEMU lacks {0}")]
+    Unsupported(&'static str),
+    /// A disk is served by an I/O thread. QEMU 7.2 dies of a failed assertion when the reader of an export in an I/O
+    /// thread disconnects, as a killed program does; no QEMU without that fault was tried yet.
+    #[error(
+        "disk {0} is served by an I/O thread, and QEMU could die when the reader of its snapshot disconnects"
+    )]
+    IoThread(String),
+    /// A step failed.
+    #[error(transparent)]
+    Step(#[from] StepError),
+    /// The process that would restart the vCPUs could not be started.
+    #[error("the process that restarts the vCPUs cannot be started: {0}")]
+    Restarter(#[source] io::Error),
+    /// The vCPUs were stopped and do not run again; this comes before all else.
+    #[error("the VM was stopped and does not run again: {0}")]
+    Paused(#[source] MonitorError),
+}
+
+impl From<MonitorError> for PointError {
+    fn from(error: MonitorError) -> Self {
+        Self::Step(StepError::Monitor(error))
+    }
+}
+
+/// Everything slow is done.
+#[derive(Debug)]
+#[must_use = "what was prepared stays in QEMU until it is released"]
+pub struct Prepared<'p> {
+    plan: &'p Plan,
+    restarter: Restarter,
+}
+
+/// The disks are cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// How long the vCPUs were stopped; absent if they did not run before.
+    pub stopped: Option<Duration>,
+}
+
+/// Does everything slow: scratch images, filters, NBD server. The guest runs on undisturbed.
+///
+/// # Errors
+/// See [`PointError`]; call [`release`](crate::point::release) then.
+pub fn prepare<'p>(monitor: &mut Monitor, plan: &'p Plan) -> Result<Prepared<'p>, PointError> {
+    if let Some(disk) = plan.disks.iter().find(|disk| disk.disk.io_thread) {
+        return Err(PointError::IoThread(disk.disk.name.clone()));
+    }
+    let schema = monitor.schema()?;
+    if !schema.has_driver_option("copy-before-write", "on-cbw-error") {
+        return Err(PointError::Unsupported("copy-before-write with on-cbw-error"));
+    }
+    if !schema.has_driver_option("copy-before-write", "cbw-timeout") {
+        return Err(PointError::Unsupported("copy-before-write with cbw-timeout"));
+    }
+    if !schema.has_driver("snapshot-access") {
+        return Err(PointError::Unsupported("snapshot-access"));
+    }
+    if plan.disks.iter().any(|disk| disk.base.is_some()) && !schema.exports_foreign_bitmaps() {
+        return Err(PointError::Unsupported("exports with another node's bitmap"));
+    }
+    for step in plan.prepare_steps() {
+        step.run(monitor)?;
+    }
+    let connection = monitor.duplicate_socket().map_err(PointError::Restarter)?;
+    let restarter = Restarter::arm(connection).map_err(PointError::Restarter)?;
+    Ok(Prepared { plan, restarter })
+}
+
+impl Prepared<'_> {
+    /// Cuts all disks in one step. If the vCPUs run, they are stopped meanwhile and run again whatever fails.
+    ///
+    /// `limit` bounds the stop itself, in which QEMU flushes every disk.
+    ///
+    /// # Errors
+    /// See [`PointError`]; call [`release`](crate::point::release) then.
+    pub fn cut(self, monitor: &mut Monitor, limit: Duration) -> Result<Cut, PointError> {
+        let steps = self.plan.cut_steps();
+        let running = match monitor.run(&QueryStatus {}) {
+            Ok(status) => status.running,
+            Err(error) => {
+                self.restarter.disarm();
+                return Err(error.into());
+            }
+        };
+        let began = Instant::now();
+        let stopped = if running { monitor.run_within(&Stop {}, limit).map(drop) } else { Ok(()) };
+        let outcome = stopped
+            .map_err(PointError::from)
+            .and_then(|()| steps.iter().try_for_each(|step| step.run(monitor).map_err(PointError::from)));
+        if running {
+            // Also after a `stop` that was not answered: QEMU takes commands in order, so it runs in the end. If this
+            // fails, `self.restarter` is dropped armed and tries once more.
+            monitor.run(&Cont {}).map_err(PointError::Paused)?;
+        }
+        let stopped = began.elapsed();
+        self.restarter.disarm();
+        outcome.map(|()| Cut { stopped: running.then_some(stopped) })
+    }
+
+    /// Ends without a cut.
+    pub fn abandon(self) {
+        self.restarter.disarm();
+    }
+}
+
+/// Makes the disks readable as they were at the point.
+///
+/// # Errors
+/// See [`PointError`]; call [`release`](crate::point::release) then.
+pub fn export(monitor: &mut Monitor, plan: &Plan) -> Result<Vec<DiskExport>, PointError> {
+    for step in plan.export_steps() {
+        step.run(monitor)?;
+    }
+    Ok(plan.exports())
+}

@@ -1,0 +1,63 @@
+//! Lets the vCPUs run again even if we die while they are stopped.
+//!
+//! QEMU drops the queued commands of a client that vanishes, so `cont` cannot be sent ahead. Instead a shell, in a
+//! process group of its own, holds a second handle to the monitor's connection and a pipe from us. When the pipe
+//! closes without a word, it sends `cont`.
+
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdin, Command, Stdio};
+
+/// Ignores the signals of a terminal. The new line ends what a dying program may have begun. The sleep keeps the
+/// connection open until QEMU has read the command: it drops what it has not read when the last client is gone.
+const SCRIPT: &str =
+    r#"trap '' HUP INT QUIT TERM; read -r word || { printf '\n{"execute": "cont"}\n'; exec sleep 1; }"#;
+
+/// While this lives, the death of this process makes the vCPUs run. Dropping it does so too.
+#[derive(Debug)]
+#[must_use = "dropping this lets the vCPUs run"]
+pub struct Restarter {
+    child: Child,
+    pipe: Option<ChildStdin>,
+}
+
+impl Restarter {
+    /// Starts the shell, which takes milliseconds: do it before the guest is frozen.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn arm(connection: UnixStream) -> io::Result<Self> {
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", SCRIPT])
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .current_dir("/")
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(OwnedFd::from(connection))
+            .stderr(Stdio::null())
+            .spawn()?;
+        let pipe = child.stdin.take();
+        Ok(Self { child, pipe })
+    }
+
+    /// Ends the shell without a word to QEMU.
+    pub fn disarm(mut self) {
+        if let Some(mut pipe) = self.pipe.take() {
+            // If the shell is gone already, it cannot do anything either.
+            pipe.write_all(b"done\n").ok();
+        }
+        self.child.wait().ok();
+    }
+}
+
+impl Drop for Restarter {
+    fn drop(&mut self) {
+        // Closing the pipe is what makes the shell act; it ends by itself a second later.
+        if self.pipe.take().is_some() {
+            self.child.wait().ok();
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! The way back from a point, computed from what is there: after success, failure, or the death of the program.
+
+use crate::monitor::{Monitor, MonitorError};
+use crate::point::plan::{DiskPlan, Plan};
+use crate::point::steps::{Step, StepError};
+use qmp::bitmap::{Bitmap, BlockDirtyBitmapEnable, BlockDirtyBitmapMerge, BlockDirtyBitmapRemove};
+use qmp::block::{Device, Node, QueryBlock, QueryNamedBlockNodes};
+use qmp::export::{BitmapReference, Export, QueryBlockExports};
+use qmp::job::{Job, QueryJobs};
+use qmp::machine::{QueryStatus, Status};
+use qmp::transaction::Action;
+use serde::{Deserialize, Serialize};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How often what is there is looked at again until nothing of ours is left.
+const ROUNDS_MAX: u32 = 5;
+/// Between two rounds after a failure.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// How the run ended, which decides about the bitmaps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The snapshot is sealed: its bitmap is the base of the next, older ones of the same repository go.
+    Kept,
+    /// There is no snapshot: what the new bitmap recorded goes back into the old one, and the new one goes.
+    Dropped,
+}
+
+/// What is there now.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// The guest's devices.
+    pub devices: Vec<Device>,
+    /// Nodes with their bitmaps.
+    pub nodes: Vec<Node>,
+    /// Exports.
+    pub exports: Vec<Export>,
+    /// Jobs.
+    pub jobs: Vec<Job>,
+    /// Whether the vCPUs run.
+    pub status: Status,
+    /// Something listens on our NBD socket.
+    pub server_listens: bool,
+    /// Which files of the plan exist.
+    pub files: Vec<PathBuf>,
+    /// The plan's folder exists.
+    pub folder: bool,
+}
+
+/// A way back that was not finished. Calling again is safe.
+#[derive(Debug, thiserror::Error)]
+pub enum UndoError {
+    /// The monitor cannot be asked.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// Something could not be removed.
+    #[error("parts of an earlier run could not be removed from the VM: {}", .0.join("; "))]
+    Left(Vec<String>),
+}
+
+/// Removes exactly what the plan names, in the reverse order of its making, whatever part of it is there.
+///
+/// # Errors
+/// See [`UndoError`].
+pub fn release(monitor: &mut Monitor, plan: &Plan, outcome: Outcome) -> Result<(), UndoError> {
+    let mut failures = vec![];
+    for round in 0..ROUNDS_MAX {
+        let steps = steps(plan, &look(monitor, plan)?, outcome);
+        if steps.is_empty() {
+            return Ok(());
+        }
+        if round > 0 && !failures.is_empty() {
+            std::thread::sleep(PAUSE);
+        }
+        failures = vec![];
+        for step in steps {
+            match step.run(monitor) {
+                Ok(()) => (),
+                Err(StepError::Monitor(error @ (MonitorError::Closed { .. } | MonitorError::Io(_)))) => {
+                    return Err(error.into());
+                }
+                Err(error) => failures.push(error.to_string()),
+            }
+        }
+    }
+    if failures.is_empty() { Ok(()) } else { Err(UndoError::Left(failures)) }
+}
+
+/// Removes the files of a plan whose QEMU has ended: everything else went with it.
+///
+/// # Errors
+/// `Left`.
+pub fn release_files(plan: &Plan) -> Result<(), UndoError> {
+    let mut failures = vec![];
+    for path in files(plan) {
+        if let Err(error) = std::fs::remove_file(&path)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            failures.push(format!("{}: {error}", path.display()));
+        }
+    }
+    if plan.folder.exists()
+        && let Err(error) = std::fs::remove_dir(&plan.folder)
+    {
+        failures.push(format!("{}: {error}", plan.folder.display()));
+    }
+    if failures.is_empty() { Ok(()) } else { Err(UndoError::Left(failures)) }
+}
+
+/// Looks at what is there.
+///
+/// # Errors
+/// Those of the monitor.
+pub fn look(monitor: &mut Monitor, plan: &Plan) -> Result<Facts, MonitorError> {
+    Ok(Facts {
+        devices: monitor.run(&QueryBlock {})?,
+        nodes: monitor.run(&QueryNamedBlockNodes { flat: true })?,
+        exports: monitor.run(&QueryBlockExports {})?,
+        jobs: monitor.run(&QueryJobs {})?,
+        status: monitor.run(&QueryStatus {})?,
+        server_listens: UnixStream::connect(&plan.socket).is_ok(),
+        files: files(plan).into_iter().filter(|path| path.symlink_metadata().is_ok()).collect(),
+        folder: plan.folder.is_dir(),
+    })
+}
+
+fn files(plan: &Plan) -> Vec<PathBuf> {
+    let mut files: Vec<_> = plan.disks.iter().map(|disk| disk.scratch_file.clone()).collect();
+    files.push(plan.socket.clone());
+    files
+}
+
+/// What has to be done so that nothing of the plan is left; empty if nothing has. Pure.
+pub fn steps(plan: &Plan, facts: &Facts, outcome: Outcome) -> Vec<Step> {
+    let node = |name: &str| facts.nodes.iter().any(|node| node.node_name.as_deref() == Some(name));
+    let mut steps = vec![];
+    // Filters without their access nodes on a paused VM: whoever cut died before `cont`, and so did its restarter.
+    let filtered = plan.disks.iter().any(|disk| in_place(facts, &disk.filter_node));
+    if facts.status.status == "paused" && filtered && !plan.disks.iter().any(|disk| node(&disk.access_node)) {
+        steps.push(Step::Resume);
+    }
+    for disk in plan.disks.iter().rev() {
+        if facts.exports.iter().any(|export| export.id == disk.export) {
+            steps.push(Step::EndExport(disk.export.clone()));
+        }
+    }
+    let close = |name: &str, steps: &mut Vec<Step>| {
+        if node(name) {
+            steps.push(Step::Close(name.to_owned()));
+        }
+    };
+    for disk in plan.disks.iter().rev() {
+        close(&disk.access_node, &mut steps);
+        for device in devices_using(facts, &disk.filter_node) {
+            steps.push(Step::SetDrive { device, node: disk.disk.node.clone() });
+        }
+        close(&disk.filter_node, &mut steps);
+        close(&disk.scratch_node, &mut steps);
+        if facts.jobs.iter().any(|job| job.id == disk.export && job.status == "concluded") {
+            steps.push(Step::DismissJob(disk.export.clone()));
+        }
+        close(&disk.file_node, &mut steps);
+        let actions = bitmap_actions(plan, disk, facts, outcome);
+        if !actions.is_empty() {
+            steps.push(Step::Change(actions));
+        }
+    }
+    let ours = |export: &Export| plan.disks.iter().any(|disk| disk.export == export.id);
+    if facts.server_listens && facts.exports.iter().all(ours) {
+        steps.push(Step::StopServer);
+    }
+    steps.extend(facts.files.iter().filter(|path| **path != plan.socket).cloned().map(Step::RemoveFile));
+    // A QEMU that ends its server removes the socket itself; one that died does not.
+    if facts.files.contains(&plan.socket) && !facts.server_listens {
+        steps.push(Step::RemoveFile(plan.socket.clone()));
+    }
+    if facts.folder {
+        steps.push(Step::RemoveFolder(plan.folder.clone()));
+    }
+    steps
+}
+
+fn in_place(facts: &Facts, filter: &str) -> bool {
+    devices_using(facts, filter).next().is_some()
+}
+
+/// The devices that use a node now, as `qom-set` takes them.
+fn devices_using<'a>(facts: &'a Facts, node: &'a str) -> impl Iterator<Item = String> + 'a {
+    facts.devices.iter().filter_map(move |device| {
+        let inserted = device.inserted.as_ref()?.node_name.as_deref()?;
+        (inserted == node).then(|| device.qdev.as_deref().map(crate::disks::device_path))?
+    })
+}
+
+fn bitmap_actions(plan: &Plan, disk: &DiskPlan, facts: &Facts, outcome: Outcome) -> Vec<Action> {
+    let node = &disk.disk.node;
+    let bitmaps = crate::disks::bitmaps(&facts.nodes, &disk.disk);
+    let find = |name: &str| bitmaps.iter().find(|bitmap| bitmap.name.as_deref() == Some(name));
+    let remove = |name: &str| {
+        Action::BlockDirtyBitmapRemove(BlockDirtyBitmapRemove { node: node.clone(), name: name.to_owned() })
+    };
+    // Without the new bitmap nothing was cut (or all is undone): the old one still records.
+    let Some(new) = find(&disk.bitmap) else { return vec![] };
+    match outcome {
+        Outcome::Kept => {
+            let old = bitmaps.iter().filter_map(|bitmap| bitmap.name.as_deref());
+            let old = old.filter(|name| name.starts_with(&plan.bitmap_prefix) && *name != disk.bitmap);
+            old.map(remove).collect()
+        }
+        Outcome::Dropped => {
+            let usable = |bitmap: &&Bitmap| !bitmap.inconsistent;
+            let base = disk.base.as_deref().filter(|name| find(name).filter(usable).is_some());
+            let mut actions = vec![];
+            if let Some(name) = base.filter(|_| usable(&new)) {
+                // The old one records again before the new one is added to it, so no write falls between them.
+                let name = name.to_owned();
+                let merged = BitmapReference { node: node.clone(), name: disk.bitmap.clone() };
+                actions.push(Action::BlockDirtyBitmapEnable(BlockDirtyBitmapEnable {
+                    node: node.clone(),
+                    name: name.clone(),
+                }));
+                actions.push(Action::BlockDirtyBitmapMerge(BlockDirtyBitmapMerge {
+                    node: node.clone(),
+                    target: name,
+                    bitmaps: vec![merged],
+                }));
+            }
+            actions.push(remove(&disk.bitmap));
+            actions
+        }
+    }
+}
