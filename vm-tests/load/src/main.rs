@@ -1,0 +1,137 @@
+//! The load in a guest: numbered commits and numbered writes, each acknowledged to the host as it happens.
+//!
+//! `load --acks PORT [--commits DATABASE] [--writes LETTER=FILE]… [--pause-us N]`
+//!
+//! * `--commits`: one client of PostgreSQL that inserts rows 1, 2, 3 … into table `commits`, each a transaction of its own,
+//!   and sends `c N` only after the server has acknowledged the commit of row N.
+//! * `--writes`: appends records of 16 bytes to a file without ever calling fsync, and sends `LETTER N` after the `write()`
+//!   of record N returned.
+//!
+//! Both go on where an earlier run ended. `load --count FILE` prints how many records FILE holds from its start without a gap.
+//!
+//! One program for all, as the kernel lets one process open a virtio port at a time.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// One record: the number in 15 digits and a newline.
+const RECORD_BYTES: usize = 16;
+/// Between two commits or writes: a few hundred each second keep an emulated processor free for the rest.
+const PAUSE_US_DEFAULT: u64 = 3_000;
+
+type Port = Arc<Mutex<File>>;
+
+fn main() -> ExitCode {
+    match run(std::env::args().skip(1)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("load: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(mut arguments: impl Iterator<Item = String>) -> Result<(), String> {
+    let (mut acks, mut commits, mut writes, mut pause_us) = (None, None, Vec::new(), PAUSE_US_DEFAULT);
+    while let Some(argument) = arguments.next() {
+        let value = arguments.next().ok_or_else(|| format!("{argument} needs a value"))?;
+        match argument.as_str() {
+            "--acks" => acks = Some(value),
+            "--commits" => commits = Some(value),
+            "--writes" => match value.split_once('=') {
+                Some((letter, file)) if letter.len() == 1 => {
+                    writes.push((letter.to_owned(), file.to_owned()))
+                }
+                _ => return Err(format!("--writes LETTER=FILE, not {value}")),
+            },
+            "--pause-us" => pause_us = value.parse().map_err(|_| format!("--pause-us N, not {value}"))?,
+            "--count" => {
+                println!("{}", count(&value).map_err(|error| format!("{value}: {error}"))?);
+                return Ok(());
+            }
+            _ => return Err(format!("unknown argument {argument}")),
+        }
+    }
+    let acks = acks.ok_or("--acks PORT is needed")?;
+    let port = OpenOptions::new().write(true).open(&acks).map_err(|error| format!("{acks}: {error}"))?;
+    let port: Port = Arc::new(Mutex::new(port));
+    let pause = Duration::from_micros(pause_us);
+    let mut threads = Vec::new();
+    for (letter, file) in writes {
+        let port = Arc::clone(&port);
+        threads.push(std::thread::spawn(move || {
+            write_records(&file, &letter, &port, pause).map_err(|error| format!("{file}: {error}"))
+        }));
+    }
+    if let Some(database) = commits {
+        threads.push(std::thread::spawn(move || commit_rows(&database, &port, pause)));
+    }
+    // Each runs until it fails; the first to be joined that did ends the program.
+    for thread in threads {
+        thread.join().map_err(|_| "a thread of the load panicked".to_owned())??;
+    }
+    Ok(())
+}
+
+/// One write for one line: the kernel does not mix two, and the host reads whole lines.
+fn acknowledge(port: &Port, letter: &str, number: u64) -> io::Result<()> {
+    port.lock().unwrap_or_else(PoisonError::into_inner).write_all(format!("{letter} {number}\n").as_bytes())
+}
+
+fn commit_rows(database: &str, port: &Port, pause: Duration) -> Result<(), String> {
+    let failed = |error: postgres::Error| match error.as_db_error() {
+        Some(said) => format!("PostgreSQL: {said}"),
+        None => format!("PostgreSQL: {error}"),
+    };
+    let parameters = format!("host=/run/postgresql user=postgres dbname={database}");
+    let mut client = postgres::Client::connect(&parameters, postgres::NoTls).map_err(failed)?;
+    let row = client.query_one("select coalesce(max(number), 0) from commits", &[]).map_err(failed)?;
+    let insert = client.prepare("insert into commits (number) values ($1)").map_err(failed)?;
+    let first = row.get::<_, i64>(0) + 1;
+    for number in first.. {
+        // Outside a transaction block, the answer to an insert is the answer to its commit.
+        client.execute(&insert, &[&number]).map_err(failed)?;
+        acknowledge(port, "c", number.unsigned_abs()).map_err(|error| format!("acks: {error}"))?;
+        std::thread::sleep(pause);
+    }
+    Ok(())
+}
+
+fn write_records(path: &str, letter: &str, port: &Port, pause: Duration) -> io::Result<()> {
+    let done = match count(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+        counted => counted?,
+    };
+    let mut file = OpenOptions::new().append(true).create(true).open(path)?;
+    for number in done + 1.. {
+        file.write_all(&record(number))?;
+        acknowledge(port, letter, number)?;
+        std::thread::sleep(pause);
+    }
+    Ok(())
+}
+
+fn record(number: u64) -> [u8; RECORD_BYTES] {
+    let mut record = [b'\n'; RECORD_BYTES];
+    // Fifteen digits last for longer than any machine.
+    record[..RECORD_BYTES - 1].copy_from_slice(format!("{number:015}").as_bytes());
+    record
+}
+
+/// How many records a file holds from its start, until the first that is missing or damaged.
+fn count(path: &str) -> io::Result<u64> {
+    let mut file = io::BufReader::new(File::open(path)?);
+    let mut found = [0; RECORD_BYTES];
+    for number in 1.. {
+        match file.read_exact(&mut found) {
+            Ok(()) if found == record(number) => {}
+            Ok(()) => return Ok(number - 1),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(number - 1),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(0)
+}
