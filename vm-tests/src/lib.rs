@@ -1,1 +1,34 @@
 //! Real guests under real QEMU prove what only a kernel can.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use vm_tests::{Agent, Guest};
+//! let guest = Guest::builder().agent(Agent::Stock).start().expect("QEMU starts");
+//! guest.booted(Duration::from_secs(10));
+//! guest.postgresql_ready(Duration::from_secs(10));
+//! guest.start_load();
+//! assert!(guest.acks().wait_for('c', 200, Duration::from_secs(60)));
+//! println!("{} commits", guest.sql("select count(*) from commits"));
+//! // The program under test gets guest.qmp_socket() and guest.agent_socket(); the test keeps exec(), sql() and
+//! // second_qmp_socket(), which work beside it.
+//! guest.power_off(Duration::from_secs(10));
+//! ```
+//!
+//! The image, our agent and the load come from `cargo xtask guest` (see [`Image`]); `STILLPOINT_ACCEL=kvm|tcg` overrides the
+//! probe of the accelerator. A boot takes about six seconds under emulation: tests that can share one do.
+
+mod accelerator;
+mod acks;
+mod agent_client;
+mod guest;
+mod image;
+mod overlay;
+mod process;
+mod qemu;
+
+pub use accelerator::{Accelerator, accelerator};
+pub use acks::{Ack, Acks};
+pub use agent_client::{AgentClient, Output};
+pub use guest::{Agent, DATA_RECORDS, DiskFormat, Guest, GuestBuilder, ROOT_RECORDS, psql};
+pub use image::Image;
+pub use qemu::{Disk, Machine};

@@ -1,2 +1,85 @@
 //! The project's own commands: setup, test, demo, bench, check.
-fn main() {}
+
+mod check;
+mod guest;
+mod setup;
+mod stage;
+mod tidy;
+
+use stage::{Stages, cargo};
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+cargo xtask COMMAND
+
+  check          format, lints, dependencies, and the paths that documents name
+  test           check, unit tests, the guest image, tests in real guests: what CI runs
+  test-long      test, and what takes longer than a change should wait for
+  demo           a working guest, its snapshots, and the proof [--sabotage no-freeze|drop-frame]
+  bench          figures: increment, full
+  guest          builds image, agent and load if needed; prints where they are
+  guest-image    builds the guest image, if this recipe's is not there yet
+  setup          installs the Debian packages that the tests need; the others call it";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (command, rest) =
+        arguments.split_first().map_or(("help", &[][..]), |(first, rest)| (first.as_str(), rest));
+    let done = match command {
+        "check" => check::check(),
+        "test" => test(),
+        "test-long" => test().and_then(|()| check::dependencies(true)),
+        "demo" => in_guest("demo", rest),
+        "bench" => in_guest("bench", rest),
+        "guest" => setup::setup().and_then(|()| guest::parts()).map(|parts| println!("{parts}")),
+        "guest-image" => {
+            setup::setup().and_then(|()| guest::image()).map(|folder| println!("{}", folder.display()))
+        }
+        "setup" => setup::setup(),
+        "help" | "--help" | "-h" => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        unknown => Err(format!("there is no command {unknown}\n\n{USAGE}")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn test() -> Result<(), String> {
+    let mut stages = Stages::new();
+    stages.run("setup", setup::setup)?;
+    stages.run("check", check::check)?;
+    stages.run("unit tests", || cargo(&["test", "--workspace", "--exclude", "vm-tests"]).run())?;
+    let parts = stages.run("guest image, agent and load", guest::parts)?;
+    // One after the other: two emulated guests at once would only wait for each other on a small machine.
+    stages.run("tests in real guests", || {
+        cargo(&["test", "--package", "vm-tests", "--", "--test-threads=1", "--nocapture"])
+            .env("STILLPOINT_GUEST", &parts.to_string())
+            .run()
+    })?;
+    stages.report();
+    Ok(())
+}
+
+/// Runs one of the programs of `vm-tests` with the guest ready.
+fn in_guest(program: &str, arguments: &[String]) -> Result<(), String> {
+    let mut stages = Stages::new();
+    stages.run("setup", setup::setup)?;
+    let parts = stages.run("guest image, agent and load", guest::parts)?;
+    stages.run(program, || {
+        let program = ["run", "--release", "--quiet", "--package", "vm-tests", "--bin", program, "--"];
+        let mut command = cargo(&program).env("STILLPOINT_GUEST", &parts.to_string());
+        for argument in arguments {
+            command = command.arg(argument);
+        }
+        command.run()
+    })?;
+    stages.report();
+    Ok(())
+}

@@ -1,0 +1,397 @@
+//! One running guest, from its disks to its end.
+
+use crate::accelerator::{Accelerator, accelerator};
+use crate::acks::Acks;
+use crate::agent_client::{AgentClient, Output};
+use crate::image::Image;
+use crate::qemu::{Disk, Machine, Qemu};
+use serde_json::{Value, json};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Which agent answers on the guest's agent port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Agent {
+    /// Ours, as built from this checkout.
+    Ours,
+    /// Debian's qemu-ga.
+    Stock,
+    /// Nobody.
+    None,
+}
+
+/// How a guest's disks come to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskFormat {
+    /// A qcow2 overlay on the image in the cache: made at once.
+    Qcow2,
+    /// A sparse raw copy of the image.
+    Raw,
+}
+
+/// What the guest is to be; [`Guest::builder`] gives the usual one.
+#[derive(Clone, Debug)]
+pub struct GuestBuilder {
+    agent: Agent,
+    format: DiskFormat,
+    machine: Machine,
+    disks: Option<Vec<Disk>>,
+    memory_mib: u32,
+    vcpus: u32,
+    append: String,
+    arguments: Vec<String>,
+    lifetime: Duration,
+}
+
+impl GuestBuilder {
+    /// The agent on the agent port; ours unless said.
+    #[must_use]
+    pub fn agent(mut self, agent: Agent) -> Self {
+        self.agent = agent;
+        self
+    }
+
+    /// The format of fresh disks; qcow2 unless said.
+    #[must_use]
+    pub fn disk_format(mut self, format: DiskFormat) -> Self {
+        self.format = format;
+        self
+    }
+
+    /// The emulated machine; `q35` unless said.
+    #[must_use]
+    pub fn machine(mut self, machine: Machine) -> Self {
+        self.machine = machine;
+        self
+    }
+
+    /// Boots from these disks instead of fresh ones: a restored snapshot. They are written to.
+    #[must_use]
+    pub fn disks(mut self, disks: Vec<Disk>) -> Self {
+        self.disks = Some(disks);
+        self
+    }
+
+    /// Memory; 512 MiB unless said.
+    #[must_use]
+    pub fn memory_mib(mut self, memory_mib: u32) -> Self {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Processors; one unless said.
+    #[must_use]
+    pub fn vcpus(mut self, vcpus: u32) -> Self {
+        self.vcpus = vcpus;
+        self
+    }
+
+    /// More words for the kernel command line, for example `stillpoint.postgresql=off`.
+    #[must_use]
+    pub fn append(mut self, words: &str) -> Self {
+        self.append.push(' ');
+        self.append.push_str(words);
+        self
+    }
+
+    /// More arguments for QEMU.
+    #[must_use]
+    pub fn qemu_arguments<const N: usize>(mut self, arguments: [&str; N]) -> Self {
+        self.arguments.extend(arguments.map(str::to_owned));
+        self
+    }
+
+    /// When QEMU is killed whatever the test does; 15 minutes unless said.
+    #[must_use]
+    pub fn lifetime(mut self, lifetime: Duration) -> Self {
+        self.lifetime = lifetime;
+        self
+    }
+
+    /// Makes the disks and starts QEMU; the guest boots while the caller goes on.
+    ///
+    /// # Errors
+    /// If a disk cannot be made, or QEMU ends at once (the error holds what it printed).
+    pub fn start(self) -> io::Result<Guest> {
+        let image = Image::get();
+        let accelerator = accelerator(image);
+        let folder = tempfile::Builder::new().prefix("stillpoint-guest-").tempdir()?;
+        let disks = match self.disks {
+            Some(disks) => disks,
+            None => vec![
+                Disk::fresh("root", &image.root(), self.format, folder.path())?,
+                Disk::fresh("data", &image.data(), self.format, folder.path())?,
+            ],
+        };
+        let initrd = folder.path().join("initrd.img");
+        write_initrd(image, self.agent, &initrd)?;
+        let agent = match self.agent {
+            Agent::Ours => "ours",
+            Agent::Stock => "stock",
+            Agent::None => "none",
+        };
+        // An emulated TSC runs at the speed of a busy host: the guest's clock once ran at twice the speed with it.
+        let clock = if accelerator == Accelerator::Tcg { "tsc=unstable clocksource=hpet" } else { "" };
+        let append = format!(
+            "console=ttyS0 quiet mitigations=off panic=-1 {clock} stillpoint.agent={agent}{}",
+            self.append
+        );
+        let started = Instant::now();
+        let qemu = Qemu::start(
+            folder.path(),
+            &disks,
+            [
+                vec!["-machine".to_owned(), self.machine.name().to_owned()],
+                accelerator.arguments().map(str::to_owned).to_vec(),
+                vec!["-m".to_owned(), self.memory_mib.to_string(), "-smp".to_owned(), self.vcpus.to_string()],
+                vec!["-kernel".to_owned(), image.kernel().display().to_string()],
+                vec!["-initrd".to_owned(), initrd.display().to_string()],
+                vec!["-append".to_owned(), append],
+                self.arguments,
+            ]
+            .concat(),
+            self.lifetime,
+        )?;
+        let acks = Acks::collect(qemu.connect("acks")?);
+        let harness = AgentClient::connect(&qemu.socket("harness"))?;
+        Ok(Guest { qemu, disks, acks, harness: Mutex::new(harness), started, accelerator, folder })
+    }
+}
+
+/// The image's own initrd, and behind it the programs of this checkout.
+fn write_initrd(image: &Image, agent: Agent, path: &Path) -> io::Result<()> {
+    std::fs::copy(image.initrd(), path)?;
+    let mut file = std::fs::OpenOptions::new().append(true).open(path)?;
+    let mut overlay = crate::overlay::Overlay::with_folder("stillpoint");
+    overlay.add_program("stillpoint/load", &std::fs::read(image.load())?);
+    if agent == Agent::Ours {
+        overlay.add_program("stillpoint/stillpoint-agent", &std::fs::read(image.agent())?);
+    }
+    overlay.finish(&mut file)
+}
+
+/// A virtual machine that dies with this value: QEMU is killed by its pid when it is dropped, when its lifetime is over,
+/// and by the kernel when the test process ends.
+///
+/// Its folder (sockets, disks, serial log) goes with it.
+pub struct Guest {
+    // QEMU is dropped, and so dead, before the folder with its files goes.
+    qemu: Qemu,
+    disks: Vec<Disk>,
+    acks: Acks,
+    harness: Mutex<AgentClient>,
+    started: Instant,
+    accelerator: Accelerator,
+    folder: tempfile::TempDir,
+}
+
+impl Guest {
+    /// The usual guest: our agent, two fresh qcow2 disks, q35, one processor, 512 MiB.
+    #[must_use]
+    pub fn builder() -> GuestBuilder {
+        GuestBuilder {
+            agent: Agent::Ours,
+            format: DiskFormat::Qcow2,
+            machine: Machine::Q35,
+            disks: None,
+            memory_mib: 512,
+            vcpus: 1,
+            append: String::new(),
+            arguments: Vec::new(),
+            lifetime: Duration::from_secs(15 * 60),
+        }
+    }
+
+    /// QEMU's monitor, for the program under test.
+    #[must_use]
+    pub fn qmp_socket(&self) -> PathBuf {
+        self.qemu.socket("qmp")
+    }
+
+    /// A second monitor, for the test itself: QEMU serves one connection to each.
+    #[must_use]
+    pub fn second_qmp_socket(&self) -> PathBuf {
+        self.qemu.socket("qmp2")
+    }
+
+    /// The socket of the agent under test.
+    #[must_use]
+    pub fn agent_socket(&self) -> PathBuf {
+        self.qemu.socket("agent")
+    }
+
+    /// The acknowledgements of the load in this guest.
+    #[must_use]
+    pub fn acks(&self) -> &Acks {
+        &self.acks
+    }
+
+    /// The disks: `root`, then `data`.
+    #[must_use]
+    pub fn disks(&self) -> &[Disk] {
+        &self.disks
+    }
+
+    /// The folder with the guest's files; gone with the guest.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// QEMU's process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.qemu.pid()
+    }
+
+    /// Waits until the guest runs commands of the test, and returns the time since the start.
+    ///
+    /// # Panics
+    /// If it does not within `limit` (times six under emulation); shows the end of the serial console.
+    pub fn booted(&self, limit: Duration) -> Duration {
+        let ready = self.harness().ready(limit * self.accelerator.patience());
+        self.or_serial("the guest does not boot", ready);
+        self.started.elapsed()
+    }
+
+    /// Waits until the agent under test answers, and returns the time since the start. The connection is closed again.
+    ///
+    /// # Panics
+    /// If it does not within `limit` (times six under emulation); shows the end of the serial console.
+    pub fn agent_ready(&self, limit: Duration) -> Duration {
+        let ready = AgentClient::connect(&self.agent_socket())
+            .and_then(|mut agent| agent.ready(limit * self.accelerator.patience()));
+        self.or_serial("the agent does not answer", ready);
+        self.started.elapsed()
+    }
+
+    /// Waits until PostgreSQL in the guest answers queries, and returns the time since the start.
+    ///
+    /// # Panics
+    /// If it does not within `limit` (times six under emulation); shows the end of the serial console.
+    pub fn postgresql_ready(&self, limit: Duration) -> Duration {
+        let end = Instant::now() + limit * self.accelerator.patience();
+        while self.exec(&psql("bench", "select 1")).code != 0 {
+            if Instant::now() >= end {
+                let log = self.exec("cat /var/log/postgresql/*.log");
+                panic!("PostgreSQL does not answer: {}\n{}", log.out, self.serial_tail());
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        self.started.elapsed()
+    }
+
+    /// Runs a shell command in the guest, beside the agent under test and whatever its state; at most two minutes.
+    ///
+    /// It must touch no frozen file system by writing, or it waits for the thaw as any program does.
+    ///
+    /// # Panics
+    /// If the guest does not answer; shows the end of the serial console.
+    pub fn exec(&self, command: &str) -> Output {
+        let output = self.harness().shell(command, Duration::from_secs(120));
+        self.or_serial(command, output)
+    }
+
+    /// One SQL statement in database `bench`, unaligned and without headers; it must succeed.
+    ///
+    /// # Panics
+    /// If it does not.
+    #[track_caller]
+    pub fn sql(&self, statement: &str) -> String {
+        self.exec(&psql("bench", statement)).success().trim_end().to_owned()
+    }
+
+    /// Starts the load: numbered commits (`c`), and numbered writes without fsync to ext4 (`w`) and to xfs (`x`), each
+    /// acknowledged to [`Guest::acks`]. It runs until the guest ends, or [`Guest::stop_load`].
+    pub fn start_load(&self) {
+        self.start(&format!(
+            "exec {AS_POSTGRES} /run/stillpoint/load --acks /dev/virtio-ports/org.stillpoint.acks --commits bench \
+             --writes w={ROOT_RECORDS} --writes x={DATA_RECORDS} >/run/load.log 2>&1"
+        ));
+    }
+
+    /// Starts pgbench's own transactions, `clients` at once, for at most `seconds`.
+    pub fn start_pgbench(&self, clients: u32, seconds: u32) {
+        self.start(&format!(
+            "exec {AS_POSTGRES} /usr/lib/postgresql/15/bin/pgbench --no-vacuum --client={clients} --time={seconds} bench \
+             >/run/pgbench.log 2>&1"
+        ));
+    }
+
+    /// Ends the load and pgbench.
+    pub fn stop_load(&self) {
+        // Fails only if neither runs.
+        let _ended = self.exec("busybox killall load pgbench");
+    }
+
+    /// Starts a shell command in the guest and leaves it running.
+    ///
+    /// # Panics
+    /// If the guest does not answer.
+    pub fn start(&self, command: &str) {
+        let started = self.harness().start(command, false);
+        self.or_serial(command, started);
+    }
+
+    /// Asks the guest to power off, and waits for QEMU's end.
+    ///
+    /// # Panics
+    /// If it has not ended within `limit` (times six under emulation).
+    pub fn power_off(self, limit: Duration) {
+        let asked = self.harness().send(&json!({ "execute": "guest-shutdown" }));
+        self.or_serial("guest-shutdown", asked);
+        if !self.qemu.wait(limit * self.accelerator.patience()) {
+            panic!("the guest does not power off\n{}", self.serial_tail());
+        }
+    }
+
+    /// Pulls the plug: QEMU is killed. Returns the disks, which the folder beside them keeps alive.
+    #[must_use]
+    pub fn kill(self) -> (tempfile::TempDir, Vec<Disk>) {
+        let Self { qemu, disks, folder, .. } = self;
+        drop(qemu);
+        (folder, disks)
+    }
+
+    /// The end of what the guest wrote to its serial console.
+    #[must_use]
+    pub fn serial_tail(&self) -> String {
+        self.qemu.serial_tail()
+    }
+
+    /// The connection to the harness's agent; a test that panicked meanwhile does not keep the others from it.
+    fn harness(&self) -> MutexGuard<'_, AgentClient> {
+        self.harness.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn or_serial<T>(&self, what: &str, result: io::Result<T>) -> T {
+        result.unwrap_or_else(|error| panic!("{what}: {error}\n{}", self.serial_tail()))
+    }
+
+    /// Calls the agent under test once.
+    ///
+    /// # Errors
+    /// As [`AgentClient::call`].
+    pub fn agent_call(&self, command: &str, arguments: Value, limit: Duration) -> io::Result<Value> {
+        let mut agent = AgentClient::connect(&self.agent_socket())?;
+        agent.ready(limit)?;
+        agent.call(command, arguments, limit)
+    }
+}
+
+/// The never-synced records on the root's ext4.
+pub const ROOT_RECORDS: &str = "/var/tmp/records";
+/// The never-synced records on the data disk's xfs.
+pub const DATA_RECORDS: &str = "/var/lib/postgresql/records";
+const AS_POSTGRES: &str = "/usr/bin/setpriv --reuid=postgres --regid=postgres --init-groups";
+
+/// The shell command in the guest for one SQL statement.
+#[must_use]
+pub fn psql(database: &str, statement: &str) -> String {
+    let quoted = statement.replace('\'', r"'\''");
+    format!(
+        "cd / && {AS_POSTGRES} /usr/lib/postgresql/15/bin/psql --no-psqlrc -qAt -v ON_ERROR_STOP=1 -d {database} -c '{quoted}'"
+    )
+}

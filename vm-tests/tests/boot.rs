@@ -1,0 +1,58 @@
+//! The guest itself: boots, works, acknowledges, survives a pulled plug.
+
+use serde_json::json;
+use std::time::Duration;
+use vm_tests::{Agent, DATA_RECORDS, DiskFormat, Guest, Machine, ROOT_RECORDS};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+#[test]
+fn a_guest_with_the_stock_agent_takes_commits_and_comes_back_after_a_pulled_plug() {
+    let guest = Guest::builder().agent(Agent::Stock).start().expect("QEMU starts");
+    let harness = guest.booted(LIMIT);
+    let agent = guest.agent_ready(LIMIT);
+    let postgresql = guest.postgresql_ready(LIMIT);
+    println!("harness after {harness:.1?}, agent after {agent:.1?}, PostgreSQL after {postgresql:.1?}");
+    guest
+        .agent_call("guest-ping", json!({}), LIMIT)
+        .expect("the agent under test answers beside the harness");
+    let mounts = guest.exec("cat /proc/mounts").success();
+    assert!(mounts.contains(" / ext4 ") && mounts.contains(" /var/lib/postgresql xfs "), "{mounts}");
+
+    guest.start_load();
+    for (kind, number) in [('c', 100), ('w', 100), ('x', 100)] {
+        assert!(
+            guest.acks().wait_for(kind, number, 6 * LIMIT),
+            "{kind}: {}",
+            guest.exec("cat /run/load.log").out
+        );
+    }
+    let committed = guest.acks().highest('c');
+    let (_folder, disks) = guest.kill();
+    println!("{committed} commits were acknowledged; the plug is pulled");
+
+    let guest = Guest::builder().agent(Agent::None).disks(disks).start().expect("QEMU starts");
+    guest.booted(LIMIT);
+    let recovered = guest.postgresql_ready(LIMIT);
+    let found: u64 = guest.sql("select count(*) from commits").parse().expect("a number");
+    println!("{found} commits after {recovered:.1?}");
+    assert!(found >= committed, "{found} of {committed} commits");
+    for file in [ROOT_RECORDS, DATA_RECORDS] {
+        let kept = guest.exec(&format!("/run/stillpoint/load --count {file}"));
+        println!("{file}: {} {}", kept.out.trim(), kept.err.trim());
+    }
+    guest.power_off(LIMIT);
+}
+
+#[test]
+fn a_guest_on_raw_disks_of_the_old_machine_powers_off_when_its_agent_is_asked() {
+    let guest = Guest::builder()
+        .agent(Agent::Stock)
+        .disk_format(DiskFormat::Raw)
+        .machine(Machine::Pc)
+        .append("stillpoint.postgresql=off")
+        .start()
+        .expect("QEMU starts");
+    println!("agent after {:.1?}", guest.agent_ready(LIMIT));
+    guest.power_off(LIMIT);
+}
