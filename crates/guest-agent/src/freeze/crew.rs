@@ -207,3 +207,8 @@ pub(super) fn thaw_until_settled(
         }
     }
 }
+
+/// Thaws what a dead agent left: no FIFREEZE of it can come any more.
+pub fn thaw_left(folder: std::os::fd::BorrowedFd<'_>, ledger: &Ledger, at: usize) {
+    thaw_until_settled(folder, ledger, at, || false);
+}

@@ -195,7 +195,7 @@ fn pci_address(folder: &Path) -> Option<String> {
             && part.matches(':').count() == 2
             && part.chars().all(|c| c.is_ascii_hexdigit() || c == ':' || c == '.')
     };
-    folder.iter().filter_map(|part| part.to_str()).filter(|part| looks(part)).next_back().map(str::to_owned)
+    folder.iter().filter_map(|part| part.to_str()).rfind(|part| looks(part)).map(str::to_owned)
 }
 
 fn number_in(folder: &Path) -> Option<DeviceNumber> {

@@ -4,7 +4,9 @@
 //! a thread for each, `guard` is the process that thaws when nobody else does, and `ledger` is the record that all of
 //! them and a restarted agent share.
 
+pub mod counters;
 pub mod crew;
+pub mod developer;
 pub mod facts;
 pub mod gather;
 pub mod guard;
@@ -13,3 +15,4 @@ pub mod ledger;
 pub mod mountinfo;
 pub mod plan;
 pub mod reach;
+pub mod writers;

@@ -1,15 +1,33 @@
 //! Freeze runs, as the main loop sees them: started by a ticket, carried out in a thread of their own,
 //! reported through a file descriptor that the loop watches.
 
+mod check;
+mod evidence;
+mod record;
+mod shared;
+mod undo;
+mod walk;
+
+use crate::freeze::kernel::boottime_ns;
+use crate::freeze::ledger::Phase;
+use crate::log;
 use guest_protocol::stillpoint::{
-    CheckArguments, CheckReport, FreezeArguments, FreezeReport, GuestReport, RenewArguments, RenewReport,
-    StatusReport, ThawArguments,
+    CheckArguments, CheckReport, FreezeArguments, FreezeReport, GuestReport, LEASE_MS_MAX, RUN_ID_BYTES_MAX,
+    RenewArguments, RenewReport, State, StatusReport, ThawArguments, Want,
 };
-use rustix::event::{EventfdFlags, eventfd};
+use record::Records;
+use shared::{Shared, Thawing};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
+use walk::{Order, Prepared, Stopped, thawed_count};
+
+/// Longest time that a stopping agent waits for the thaw. What takes longer waits in the kernel for a FIFREEZE, and
+/// the guard sees to it.
+const STOP_MAX: Duration = Duration::from_secs(20);
 
 /// What the command line decides about runs.
 #[derive(Clone, Debug)]
@@ -61,79 +79,300 @@ pub struct Refusal {
 /// All runs of this agent. One at a time holds the guest.
 #[derive(Debug)]
 pub struct Runs {
-    notifier: OwnedFd,
-    finished: Vec<(u64, Result<Outcome, Refusal>)>,
+    shared: Arc<Shared>,
+    settings: Settings,
+    plain_count: u64,
 }
 
 impl Runs {
-    /// Takes up what a dead agent left behind (undo records), then is ready.
+    /// Takes up what a dead agent left behind (undo records), then is ready. The undoing itself goes on in a thread,
+    /// because it may wait for the kernel; `status` says `thawing` meanwhile.
     /// # Errors
-    /// When the state folder or the notifier cannot be used.
-    pub fn new(_settings: Settings) -> io::Result<Runs> {
-        let notifier = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Runs { notifier, finished: Vec::new() })
+    /// When the notifier cannot be had.
+    pub fn new(settings: Settings) -> io::Result<Runs> {
+        let shared = Arc::new(Shared::new()?);
+        let records = Records::new(&settings.statedir);
+        if !undo::take_up(&shared, &records) && records.is_marked() {
+            // A stock qemu-ga died frozen. Like it, wait for the host's thaw: only the host knows.
+            shared.lock().foreign = true;
+            shared.set_frozen(true);
+        }
+        Ok(Runs { shared, settings, plain_count: 0 })
     }
 
     /// Readable when `finished` has something; `finished` makes it unreadable again.
     pub fn notifier(&self) -> BorrowedFd<'_> {
-        self.notifier.as_fd()
+        self.shared.notifier()
     }
 
     /// Begins a rehearsal.
-    pub fn start_check(&mut self, ticket: u64, _args: CheckArguments) {
-        self.refuse(ticket);
+    pub fn start_check(&mut self, ticket: u64, args: CheckArguments) {
+        if self.shared.is_frozen() {
+            return self.shared.finish(ticket, Err(busy("a rehearsal cannot run while the guest is frozen")));
+        }
+        let shared = Arc::clone(&self.shared);
+        self.spawn(ticket, move || {
+            let outcome = check::check(&args).map(|report| Outcome::Checked(Box::new(report)));
+            shared.finish(ticket, outcome);
+        });
     }
 
     /// Begins a run.
-    pub fn start_freeze(&mut self, ticket: u64, _args: FreezeArguments) {
-        self.refuse(ticket);
+    pub fn start_freeze(&mut self, ticket: u64, args: FreezeArguments) {
+        let FreezeArguments { id, lease_ms, prepare_ms_max, quiesce_ms_max, budget_ms, want, applications } =
+            args;
+        let id_fits =
+            !id.is_empty() && id.len() <= RUN_ID_BYTES_MAX && id.chars().all(|c| c.is_ascii_graphic());
+        if !id_fits || lease_ms == 0 {
+            let message =
+                format!("the id is 1 to {RUN_ID_BYTES_MAX} visible ASCII characters, and the lease is not 0");
+            return self.shared.finish(ticket, Err(Refusal { code: "bad_arguments", message }));
+        }
+        let order = Order {
+            id,
+            plain: false,
+            lease_ms: lease_ms.min(LEASE_MS_MAX),
+            prepare: Duration::from_millis(prepare_ms_max),
+            quiesce: Duration::from_millis(quiesce_ms_max),
+            budget: Duration::from_millis(budget_ms),
+            want,
+            policies: applications,
+            only: None,
+        };
+        self.start(ticket, order);
     }
 
     /// Begins qemu-ga's own freeze, of the named mount points or of all, under the compat lease.
-    pub fn start_plain_freeze(&mut self, ticket: u64, _mountpoints: Option<Vec<String>>) {
-        self.refuse(ticket);
+    pub fn start_plain_freeze(&mut self, ticket: u64, mountpoints: Option<Vec<String>>) {
+        self.plain_count += 1;
+        // Preparing and quiescing share the time: a host that knows no phases counts them together.
+        let half = self.settings.compat_quiesce / 2;
+        let order = Order {
+            id: format!("plain-{}", self.plain_count),
+            plain: true,
+            lease_ms: evidence::ms(self.settings.compat_lease).min(LEASE_MS_MAX),
+            prepare: half,
+            quiesce: half,
+            budget: self.settings.compat_lease,
+            want: Want::Application,
+            policies: Vec::new(),
+            only: mountpoints,
+        };
+        self.start(ticket, order);
+    }
+
+    fn start(&mut self, ticket: u64, order: Order) {
+        if !self.shared.begin(&order.id) {
+            return self.shared.finish(ticket, Err(busy("another run holds the guest")));
+        }
+        let shared = Arc::clone(&self.shared);
+        let statedir = self.settings.statedir.clone();
+        self.spawn(ticket, move || carry_out(&shared, order, &statedir, ticket));
+    }
+
+    fn spawn(&self, ticket: u64, work: impl FnOnce() + Send + 'static) {
+        if let Err(error) = thread::Builder::new().name("run".to_owned()).spawn(work) {
+            self.shared.finish(ticket, Err(Refusal { code: "no_thread", message: error.to_string() }));
+            self.shared.end(None, 0, None);
+        }
     }
 
     /// Extends the lease of the run that holds the guest.
     /// # Errors
     /// When that run does not hold it.
-    pub fn renew(&mut self, _args: RenewArguments) -> Result<RenewReport, Refusal> {
-        Err(not_yet())
+    pub fn renew(&mut self, args: RenewArguments) -> Result<RenewReport, Refusal> {
+        let inner = self.shared.lock();
+        if inner.id.as_deref() != Some(args.id.as_str()) {
+            return Err(unknown_run(&args.id));
+        }
+        let holds = matches!(inner.state, State::Freezing | State::Frozen) && args.lease_ms > 0;
+        let Some(ledger) = inner.ledger.as_ref().filter(|ledger| holds && ledger.deadline_ns() != 0) else {
+            return Err(Refusal {
+                code: "not_frozen",
+                message: "that run does not hold a freeze to be renewed".to_owned(),
+            });
+        };
+        let lease_ms = args.lease_ms.min(LEASE_MS_MAX);
+        if !ledger.renew(boottime_ns().saturating_add(lease_ms.saturating_mul(1_000_000))) {
+            return Err(Refusal { code: "lease_ended", message: "the freeze has ended already".to_owned() });
+        }
+        if let Some(bell) = &inner.bell {
+            bell.ring();
+        }
+        Ok(RenewReport { id: args.id, lease_ms })
     }
 
     /// Thaws, aborting a freeze that still runs. `None` is qemu-ga's own thaw, which thaws whatever is held.
-    pub fn start_thaw(&mut self, ticket: u64, _args: Option<ThawArguments>) {
-        self.refuse(ticket);
+    /// It is answered when everything is thawed and the applications are resumed.
+    pub fn start_thaw(&mut self, ticket: u64, args: Option<ThawArguments>) {
+        let mut inner = self.shared.lock();
+        let plain = args.is_none();
+        if let Some(args) = &args
+            && inner.id.as_deref().filter(|_| inner.state != State::Thawed) != Some(args.id.as_str())
+        {
+            let last = inner.last.clone().filter(|last| last.id == args.id);
+            drop(inner);
+            let outcome =
+                last.map(|last| Outcome::Thawed(Box::new(last))).ok_or_else(|| unknown_run(&args.id));
+            return self.shared.finish(ticket, outcome);
+        }
+        if inner.foreign {
+            inner.foreign = false;
+            drop(inner);
+            return self.thaw_foreign(ticket);
+        }
+        if inner.state == State::Thawed {
+            let ended = inner.ended.take();
+            drop(inner);
+            let outcome =
+                ended.map_or(Ok(Outcome::Count(0)), |message| Err(Refusal { code: "lease_ended", message }));
+            return self.shared.finish(ticket, outcome);
+        }
+        let waits = Shared::await_thaw(&mut inner, Thawing { ticket, plain });
+        self.shared.stop(&mut inner, Phase::Host);
+        drop(inner);
+        if let Err(refusal) = waits {
+            self.shared.finish(ticket, Err(refusal));
+        }
+    }
+
+    fn thaw_foreign(&self, ticket: u64) {
+        let shared = Arc::clone(&self.shared);
+        let records = Records::new(&self.settings.statedir);
+        self.spawn(ticket, move || {
+            let thawed = undo::thaw_foreign();
+            records.unmark();
+            shared.set_frozen(false);
+            shared.finish(ticket, Ok(Outcome::Count(thawed)));
+        });
     }
 
     /// Where the guest stands.
     pub fn status(&self) -> StatusReport {
-        StatusReport::default()
+        let inner = self.shared.lock();
+        let lease_left_ms =
+            inner.ledger.as_ref().map(|ledger| ledger.deadline_ns()).filter(|deadline| *deadline != 0);
+        StatusReport {
+            state: if inner.foreign { State::Frozen } else { inner.state },
+            id: inner.id.clone(),
+            lease_left_ms: lease_left_ms.map(|deadline| deadline.saturating_sub(boottime_ns()) / 1_000_000),
+            last: inner.last.clone(),
+        }
     }
 
     /// From just before the first FIFREEZE to just after the last FITHAW.
     pub fn is_frozen(&self) -> bool {
-        false
+        self.shared.is_frozen()
     }
 
     /// What has ended since the last call, by ticket.
     pub fn finished(&mut self) -> Vec<(u64, Result<Outcome, Refusal>)> {
-        let mut counter = [0u8; 8];
-        // Nothing to read (EAGAIN) means that nobody rang, which the list tells better.
-        let _rang = rustix::io::read(&self.notifier, &mut counter).is_ok();
-        std::mem::take(&mut self.finished)
+        self.shared.take_finished()
     }
 
     /// Thaws whatever is held and returns when that is done: the program is about to end.
-    pub fn thaw_now(&mut self) {}
-
-    fn refuse(&mut self, ticket: u64) {
-        self.finished.push((ticket, Err(not_yet())));
-        // A full counter is readable all the same.
-        let _rung = rustix::io::write(&self.notifier, &1u64.to_ne_bytes()).is_ok();
+    pub fn thaw_now(&mut self) {
+        {
+            let mut inner = self.shared.lock();
+            if inner.state == State::Thawed {
+                return;
+            }
+            self.shared.stop(&mut inner, Phase::AgentGone);
+        }
+        // If it is not done by then, a FITHAW waits in the kernel; the guard waits with it.
+        let _thawed = self.shared.wait_thawed(STOP_MAX);
     }
 }
 
-fn not_yet() -> Refusal {
-    Refusal { code: "no_freeze_machinery", message: "this build of the agent cannot freeze".to_owned() }
+impl Drop for Runs {
+    fn drop(&mut self) {
+        self.thaw_now();
+    }
+}
+
+/// A run from its first step to its last, in its own thread.
+fn carry_out(shared: &Arc<Shared>, order: Order, statedir: &std::path::Path, ticket: u64) {
+    // However this thread ends, the main loop must not believe for ever that a run holds the guest.
+    let ending = Ending { shared, done: false };
+    let (id, plain, lease_ms) = (order.id.clone(), order.plain, order.lease_ms);
+    let frozen = Prepared::prepare(shared, order, statedir)
+        .and_then(Prepared::quiesce)
+        .and_then(walk::Quiesced::freeze);
+    let mut frozen = match frozen {
+        Ok(frozen) => frozen,
+        Err(stopped) => {
+            log!(Warning, "freeze {id} failed: {}", stopped.refusal);
+            shared.finish(ticket, Err(stopped.refusal.clone()));
+            return ending.end(plain, &id, *stopped);
+        }
+    };
+    let count = frozen.count();
+    if plain && count == 0 {
+        let stopped = frozen.thaw(Phase::Host);
+        shared.finish(ticket, Ok(Outcome::Count(0)));
+        return ending.end(plain, &id, *stopped);
+    }
+    let outcome = if plain {
+        Outcome::Count(i64::try_from(count).unwrap_or(i64::MAX))
+    } else {
+        Outcome::Frozen(FreezeReport {
+            id: id.clone(),
+            frozen: count,
+            lease_ms,
+            freeze_ms: frozen.freeze_ms(),
+        })
+    };
+    shared.finish(ticket, Ok(outcome));
+    let why = frozen.wait();
+    ending.end(plain, &id, *frozen.thaw(why));
+}
+
+/// Ends the run for the main loop, on a panic too.
+struct Ending<'s> {
+    shared: &'s Arc<Shared>,
+    done: bool,
+}
+
+impl Ending<'_> {
+    fn end(mut self, plain: bool, id: &str, stopped: Stopped) {
+        self.done = true;
+        let thawed = thawed_count(&stopped.report);
+        // Only a freeze that the host believes to hold is worth an error at its thaw.
+        let unasked = matches!(stopped.cause, Phase::LeaseEnded | Phase::GuardGone)
+            && stopped.report.frozen_at_ms.is_some();
+        let ended = (plain && unasked).then(|| ended_message(&stopped.report));
+        if unasked {
+            log!(Error, "run {id}: thawed without the host ({:?})", stopped.cause);
+        }
+        self.shared.end(Some(stopped.report), thawed, ended);
+    }
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            self.shared.set_frozen(false);
+            self.shared.end(None, 0, None);
+        }
+    }
+}
+
+fn ended_message(report: &GuestReport) -> String {
+    let at = report.frozen_at_ms.unwrap_or(0).saturating_add(report.frozen_ms);
+    format!(
+        "the guest was frozen no longer: it thawed by itself {} ms after the freeze (at {}.{:03} s since 1970), \
+         because the lease of {} ms ended or its guard died; a snapshot taken later is not of a frozen guest",
+        report.frozen_ms,
+        at / 1000,
+        at % 1000,
+        report.lease_ms
+    )
+}
+
+fn busy(message: &str) -> Refusal {
+    Refusal { code: "busy", message: message.to_owned() }
+}
+
+fn unknown_run(id: &str) -> Refusal {
+    Refusal { code: "unknown_run", message: format!("no run has the id {id:?}") }
 }

@@ -1,0 +1,103 @@
+//! The rehearsal: everything but locks and freeze.
+
+use super::Refusal;
+use super::evidence::{boot_id, ms};
+use super::walk::survey;
+use crate::freeze::gather::read_bounded;
+use crate::quiesce::Applications;
+use guest_protocol::stillpoint::{CheckArguments, CheckReport, FilesystemState, Want};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Longest time for the applications' part.
+const APPLICATIONS_MAX: Duration = Duration::from_secs(30);
+/// Longest time for each of the two flush rounds: the first writes out, the second predicts.
+const ROUND_MAX: Duration = Duration::from_secs(30);
+/// Stack of a thread that flushes.
+const STACK_BYTES: usize = 64 << 10;
+/// File systems on block devices that have no freeze. Others are thought to have one.
+/// Source: those in Linux `fs/` with neither `freeze_fs` nor `freeze_super`.
+const WITHOUT_FREEZE: &[&str] = &[
+    "vfat", "msdos", "exfat", "squashfs", "erofs", "iso9660", "udf", "cramfs", "romfs", "minix", "hfs",
+    "hfsplus", "ntfs3", "ntfs", "fuseblk", "affs", "ufs",
+];
+
+/// Looks, rehearses and predicts.
+pub(super) fn check(arguments: &CheckArguments) -> Result<CheckReport, Refusal> {
+    let surveyed = survey(None)?;
+    let mut evidence = surveyed.evidence("", 0);
+    let mut applications = Applications::discover(&arguments.applications, Instant::now() + APPLICATIONS_MAX);
+    if arguments.want == Want::Application {
+        applications.rehearse(Instant::now() + APPLICATIONS_MAX);
+    }
+    let dirty_bytes = dirty_bytes();
+    let folders: Vec<(usize, Arc<std::os::fd::OwnedFd>)> = surveyed
+        .folders()
+        .filter_map(|(at, folder)| Some((surveyed.plan.steps[at], Arc::new(folder.try_clone().ok()?))))
+        .collect();
+    flush(&folders);
+    let predicted = flush(&folders);
+    for filesystem in &mut evidence.report.filesystems {
+        if filesystem.state == FilesystemState::NotFrozen {
+            let cannot = WITHOUT_FREEZE.contains(&filesystem.kind.as_str());
+            filesystem.state = if cannot { FilesystemState::Unsupported } else { FilesystemState::Freezable };
+        }
+    }
+    evidence.applications(&applications);
+    Ok(CheckReport {
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        boot_id: boot_id(),
+        budget_ms: applications.budget_ms(),
+        dirty_bytes,
+        predicted_freeze_ms: ms(predicted),
+        filesystems: evidence.report.filesystems,
+        applications: evidence.report.applications,
+        uncovered: evidence.report.uncovered,
+        reasons: evidence.report.reasons,
+    })
+}
+
+/// Flushes all at once; answers how long a freeze in steps would take by that.
+fn flush(folders: &[(usize, Arc<std::os::fd::OwnedFd>)]) -> Duration {
+    let (sender, receiver) = channel();
+    let deadline = Instant::now() + ROUND_MAX;
+    let mut waiting = 0;
+    for (step, folder) in folders {
+        let (step, folder, sender) = (*step, Arc::clone(folder), sender.clone());
+        let flush = move || {
+            let begun = Instant::now();
+            // Its error would be the freeze's too, which a rehearsal does not call.
+            let _flushed = rustix::fs::syncfs(&folder).is_ok();
+            sender.send((step, begun.elapsed())).is_ok()
+        };
+        if thread::Builder::new().stack_size(STACK_BYTES).spawn(flush).is_ok() {
+            waiting += 1;
+        }
+    }
+    let mut steps: BTreeMap<usize, Duration> = BTreeMap::new();
+    for _ in 0..waiting {
+        match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok((step, took)) => {
+                let slowest = steps.entry(step).or_default();
+                *slowest = (*slowest).max(took);
+            }
+            // Some file system does not even flush: say so with the time that was waited.
+            Err(_) => return ROUND_MAX,
+        }
+    }
+    steps.values().sum()
+}
+
+fn dirty_bytes() -> u64 {
+    let text = read_bounded(Path::new("/proc/meminfo"), 64 << 10).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let kib = |name: &str| -> u64 {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+    };
+    (kib("Dirty") + kib("Writeback")) * 1024
+}

@@ -1,0 +1,165 @@
+//! Puts the guest's half of the receipt together, as a run goes along.
+
+use crate::freeze::facts::View;
+use crate::freeze::gather::read_bounded;
+use crate::freeze::ledger::{Freeze, Ledger, Thaw};
+use crate::freeze::plan::{Place, Plan};
+use crate::quiesce::Applications;
+use guest_protocol::stillpoint::{
+    FILESYSTEMS_MAX, FilesystemReport, FilesystemState, GuestReport, Reason, TEXT_BYTES_MAX,
+};
+use std::path::Path;
+use std::time::Duration;
+
+/// Most reasons of one kind: they are for people.
+const REASONS_MAX: usize = 256;
+
+/// A duration as reports give it.
+pub(super) fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Nanoseconds as reports give them; a fraction counts as a whole, so that no stall shows as none.
+fn ns_to_ms(ns: u64) -> u64 {
+    ns.div_ceil(1_000_000)
+}
+
+pub(super) fn boot_id() -> String {
+    let bytes = read_bounded(Path::new("/proc/sys/kernel/random/boot_id"), 64).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).trim().to_owned()
+}
+
+/// The report in the making.
+#[derive(Clone, Debug)]
+pub(super) struct Evidence {
+    pub(super) report: GuestReport,
+}
+
+impl Evidence {
+    pub(super) fn new(id: &str, lease_ms: u64, plan: &Plan) -> Self {
+        let filesystems = plan
+            .superblocks
+            .iter()
+            .take(FILESYSTEMS_MAX)
+            .map(|superblock| FilesystemReport {
+                mountpoint: bounded(superblock.name()),
+                kind: bounded(superblock.kind.clone()),
+                device: bounded(superblock.source.clone()),
+                device_number: superblock.device.to_string(),
+                disks: superblock.disks.clone(),
+                read_only: superblock.read_only,
+                state: FilesystemState::NotFrozen,
+                frozen_ms: None,
+                detail: None,
+            })
+            .collect();
+        let mut report = GuestReport {
+            id: id.to_owned(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            boot_id: boot_id(),
+            lease_ms,
+            filesystems,
+            ..GuestReport::default()
+        };
+        report.uncovered = plan.uncovered.iter().take(REASONS_MAX).map(bounded_reason).collect();
+        if plan.uncovered.len() > REASONS_MAX {
+            report.uncovered.push(Reason::new(
+                "more",
+                "",
+                format!("{} more", plan.uncovered.len() - REASONS_MAX),
+            ));
+        }
+        let mut evidence = Self { report };
+        for reason in &plan.reasons {
+            evidence.reason(reason.clone());
+        }
+        evidence
+    }
+
+    pub(super) fn reason(&mut self, reason: Reason) {
+        if self.report.reasons.len() < REASONS_MAX {
+            self.report.reasons.push(bounded_reason(&reason));
+        }
+    }
+
+    /// The place by which a file system was opened.
+    pub(super) fn place(&mut self, at: usize, place: &Place) {
+        let report = &mut self.report.filesystems[at];
+        report.mountpoint = bounded(place.mountpoint.to_string_lossy().into_owned());
+        if let View::Process(pid) = place.view {
+            report.detail = Some(format!("in the mount namespace of process {pid}"));
+        }
+    }
+
+    pub(super) fn unreachable(&mut self, at: usize, failure: &str) {
+        let report = &mut self.report.filesystems[at];
+        report.state = FilesystemState::Unreachable;
+        report.detail = Some(bounded(failure.to_owned()));
+    }
+
+    pub(super) fn applications(&mut self, applications: &Applications) {
+        self.report.applications = applications.reports();
+        for reason in applications.reasons() {
+            self.reason(reason);
+        }
+    }
+
+    /// The times of the freeze as a whole, as far as they are known.
+    pub(super) fn times(&mut self, ledger: &Ledger) {
+        let ours = (0..ledger.count()).filter(|at| ledger.frozen(*at) != Freeze::Idle);
+        let times: Vec<[u64; 4]> = ours.map(|at| ledger.times_ns(at)).collect();
+        let first = |word: usize| times.iter().map(|time| time[word]).filter(|ns| *ns > 0).min();
+        let last = |word: usize| times.iter().map(|time| time[word]).max().unwrap_or(0);
+        let Some(begun) = first(0) else { return };
+        self.report.freeze_ms = ns_to_ms(last(1).saturating_sub(begun));
+        self.report.frozen_ms = ns_to_ms(last(3).saturating_sub(begun));
+        self.report.thaw_ms = first(2).map_or(0, |thaw| ns_to_ms(last(3).saturating_sub(thaw)));
+    }
+
+    /// What became of a file system.
+    pub(super) fn filesystem(&mut self, planned: usize, ledger: &Ledger, at: usize, unwritten: bool) {
+        let report = &mut self.report.filesystems[planned];
+        let words = |errno| std::io::Error::from_raw_os_error(errno).to_string();
+        (report.state, report.detail) = match (ledger.frozen(at), ledger.thawed(at)) {
+            (Freeze::Frozen, Thaw::Done) => (FilesystemState::Held, report.detail.take()),
+            (Freeze::Frozen, _) => (
+                FilesystemState::EarlyThaw,
+                Some("FITHAW found it thawed already: someone else did it".to_owned()),
+            ),
+            (Freeze::Busy, _) => (FilesystemState::HeldByOther, Some("frozen by someone else".to_owned())),
+            (Freeze::Unsupported, _) if unwritten => {
+                (FilesystemState::Unwritten, Some(words(ledger.errno(at))))
+            }
+            (Freeze::Unsupported, _) => (FilesystemState::Unsupported, Some(words(ledger.errno(at)))),
+            (Freeze::Failed, _) => (FilesystemState::Failed, Some(words(ledger.errno(at)))),
+            // The agent died before it could note what FIFREEZE answered; the thaw found it frozen, so it had been.
+            (Freeze::Called, _) | (Freeze::Idle, _) => (FilesystemState::NotFrozen, report.detail.take()),
+        };
+        let [called, _, _, thawed] = ledger.times_ns(at);
+        if ledger.frozen(at) == Freeze::Frozen && thawed > 0 {
+            report.frozen_ms = Some(ns_to_ms(thawed.saturating_sub(called)));
+        }
+        if report.state == FilesystemState::EarlyThaw {
+            let (name, message) = (report.mountpoint.clone(), "thawed by someone else during the freeze");
+            self.reason(Reason::new("early_thaw", name, message));
+        }
+    }
+}
+
+fn bounded_reason(reason: &Reason) -> Reason {
+    Reason {
+        code: reason.code.clone(),
+        subject: bounded(reason.subject.clone()),
+        message: bounded(reason.message.clone()),
+    }
+}
+
+/// Cuts a text to what a report may carry.
+fn bounded(mut text: String) -> String {
+    if text.len() > TEXT_BYTES_MAX {
+        let end = text.floor_char_boundary(TEXT_BYTES_MAX - '…'.len_utf8());
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}

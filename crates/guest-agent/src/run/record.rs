@@ -1,0 +1,134 @@
+//! The undo record in the state folder: the ledger, and beside it what a restarted agent needs to act on it.
+//!
+//! `freeze-undo` is the ledger (`freeze::ledger`), locked while its agent or its guard lives; `freeze-undo.json` names
+//! the run and the mount points. Both exist from before the first quiesce until everything is thawed.
+
+use crate::freeze::facts::View;
+use crate::freeze::ledger::Ledger;
+use crate::freeze::mountinfo::DeviceNumber;
+use crate::freeze::plan::{Place, Superblock};
+use guest_protocol::stillpoint::FilesystemReport;
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// Most bytes of a record that are read back.
+const RECORD_BYTES_MAX: u64 = 16 << 20;
+
+/// What a restarted agent needs to know.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) id: String,
+    pub(super) plain: bool,
+    pub(super) boot_id: String,
+    pub(super) lease_ms: u64,
+    /// In the order of the ledger.
+    pub(super) filesystems: Vec<Recorded>,
+}
+
+/// One superblock.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Recorded {
+    pub(super) report: FilesystemReport,
+    /// The place by which it was opened: a process of its mount namespace, or none for the agent's own.
+    pub(super) pid: Option<u32>,
+    pub(super) mountpoint: PathBuf,
+}
+
+impl Recorded {
+    /// As much of a superblock as opening it needs.
+    pub(super) fn superblock(&self) -> Option<Superblock> {
+        let device: DeviceNumber = self.report.device_number.parse().ok()?;
+        let view = self.pid.map_or(View::Own, View::Process);
+        Some(Superblock {
+            device,
+            kind: self.report.kind.clone(),
+            source: self.report.device.clone(),
+            read_only: self.report.read_only,
+            places: vec![Place { view, mountpoint: self.mountpoint.clone() }],
+            disks: Vec::new(),
+            lies_on: std::collections::BTreeSet::new(),
+        })
+    }
+}
+
+/// Where records lie.
+#[derive(Clone, Debug)]
+pub(super) struct Records {
+    folder: PathBuf,
+}
+
+impl Records {
+    pub(super) fn new(folder: &Path) -> Self {
+        Self { folder: folder.to_owned() }
+    }
+
+    pub(super) fn ledger_path(&self) -> PathBuf {
+        self.folder.join("freeze-undo")
+    }
+
+    fn record_path(&self) -> PathBuf {
+        self.folder.join("freeze-undo.json")
+    }
+
+    /// qemu-ga's own mark of a frozen guest, which a stock agent in our place would find.
+    fn mark_path(&self) -> PathBuf {
+        self.folder.join("qga.state.isfrozen")
+    }
+
+    /// Writes a new record. The ledger comes last: without it nothing was frozen.
+    pub(super) fn create(&self, record: &Record) -> io::Result<Ledger> {
+        let path = self.record_path();
+        let new = self.folder.join("freeze-undo.json.new");
+        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        file.write_all(&serde_json::to_vec(record)?)?;
+        fs::rename(&new, &path)?;
+        let devices: Vec<DeviceNumber> = record
+            .filesystems
+            .iter()
+            .filter_map(|recorded| recorded.report.device_number.parse().ok())
+            .collect();
+        let ledger = Ledger::create(&self.ledger_path(), &devices)?;
+        // The lock belongs to the open file, which the guard inherits: it is held until both are gone.
+        flock(ledger.file(), FlockOperation::NonBlockingLockExclusive)?;
+        Ok(ledger)
+    }
+
+    /// What a dead agent left, if anything.
+    pub(super) fn left(&self) -> Option<(Record, Ledger)> {
+        let ledger = Ledger::open(&self.ledger_path()).ok()?;
+        let bytes = crate::freeze::gather::read_bounded(&self.record_path(), RECORD_BYTES_MAX).ok()?;
+        let record: Record = serde_json::from_slice(&bytes).ok()?;
+        (record.filesystems.len() == ledger.count()).then_some((record, ledger))
+    }
+
+    /// Whether the agent or the guard of a record still lives.
+    pub(super) fn is_held(ledger: &Ledger) -> bool {
+        flock(ledger.file(), FlockOperation::NonBlockingLockExclusive).is_err()
+    }
+
+    pub(super) fn remove(&self) {
+        for path in [self.ledger_path(), self.record_path()] {
+            // Gone already is as good.
+            let _removed = fs::remove_file(path).is_ok();
+        }
+    }
+
+    /// Sets qemu-ga's mark.
+    pub(super) fn mark(&self) -> io::Result<()> {
+        File::options().write(true).create(true).truncate(true).mode(0o600).open(self.mark_path()).map(|_| ())
+    }
+
+    /// Removes qemu-ga's mark.
+    pub(super) fn unmark(&self) {
+        // An administrator may have removed it by hand.
+        let _removed = fs::remove_file(self.mark_path()).is_ok();
+    }
+
+    pub(super) fn is_marked(&self) -> bool {
+        self.mark_path().exists()
+    }
+}
