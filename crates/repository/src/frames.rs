@@ -1,0 +1,84 @@
+//! Reading frames: fetched, opened, verified, cached.
+
+use crate::cache::Caches;
+use crate::{Error, Objects};
+use repository_format::{
+    BLOCK_BYTES, FRAME_BLOCKS_MAX, FormatError, FrameAddress, FrameKind, Keys, NODE_FRAME_BYTES_MAX, Node,
+    NodeAddress, NodeFrame, decompress, open_frame,
+};
+use std::sync::Arc;
+
+/// A store, its keys, and what was read lately.
+#[derive(Debug)]
+pub(crate) struct Frames {
+    pub(crate) objects: Arc<dyn Objects>,
+    pub(crate) keys: Keys,
+    pub(crate) caches: Caches,
+}
+
+impl Frames {
+    /// The blocks of a data frame.
+    pub(crate) fn data(&self, address: &FrameAddress) -> Result<Arc<Vec<u8>>, Error> {
+        if let Some(blocks) = self.caches.data.get(address) {
+            return Ok(blocks);
+        }
+        let blocks = Arc::new(self.open_data(address, self.fetch(address)?)?);
+        self.caches.data.insert(*address, Arc::clone(&blocks), blocks.len());
+        Ok(blocks)
+    }
+
+    /// Opens a data frame that was fetched.
+    pub(crate) fn open_data(&self, address: &FrameAddress, mut sealed: Vec<u8>) -> Result<Vec<u8>, Error> {
+        let opened = open_frame(&self.keys, address, FrameKind::Data, &mut sealed)
+            .and_then(|payload| decompress(payload, FRAME_BLOCKS_MAX * BLOCK_BYTES))
+            .and_then(|blocks| match blocks.len() {
+                0 => Err(FormatError::Compression),
+                length if length.is_multiple_of(BLOCK_BYTES) => Ok(blocks),
+                _ => Err(FormatError::Compression),
+            });
+        opened.map_err(|cause| damaged(address, cause))
+    }
+
+    /// A node that is at rest in the store.
+    pub(crate) fn node(&self, address: &NodeAddress, level: u8, first_block: u64) -> Result<Node, Error> {
+        let frame = match self.caches.nodes.get(&address.frame) {
+            Some(frame) => frame,
+            None => self.open_nodes(&address.frame, self.fetch(&address.frame)?)?,
+        };
+        node_of(&frame, address, level, first_block)
+    }
+
+    /// Opens a node frame that was fetched, and keeps it.
+    pub(crate) fn open_nodes(
+        &self,
+        address: &FrameAddress,
+        mut sealed: Vec<u8>,
+    ) -> Result<Arc<NodeFrame>, Error> {
+        let opened = open_frame(&self.keys, address, FrameKind::Nodes, &mut sealed)
+            .and_then(|payload| decompress(payload, NODE_FRAME_BYTES_MAX))
+            .and_then(|plaintext| Ok(NodeFrame::decode(&plaintext)?));
+        let frame = Arc::new(opened.map_err(|cause| damaged(address, cause))?);
+        self.caches.nodes.insert(*address, Arc::clone(&frame), frame.bytes());
+        Ok(frame)
+    }
+
+    fn fetch(&self, address: &FrameAddress) -> Result<Vec<u8>, Error> {
+        let start = u64::from(address.offset);
+        self.objects.get_range(&address.pack.object(), start..start + u64::from(address.length))
+    }
+}
+
+/// A node of an open frame, if it is the one for this place of a tree.
+pub(crate) fn node_of(
+    frame: &NodeFrame,
+    address: &NodeAddress,
+    level: u8,
+    first_block: u64,
+) -> Result<Node, Error> {
+    let node = frame.node(address.index).and_then(|node| node.expect_at(level, first_block).map(|()| node));
+    node.map_err(|cause| damaged(&address.frame, cause.into()))
+}
+
+fn damaged(address: &FrameAddress, cause: FormatError) -> Error {
+    Error::Damaged { object: format!("{} at {}", address.pack.object(), address.offset), cause }
+}

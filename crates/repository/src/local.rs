@@ -1,0 +1,200 @@
+//! A repository in a local folder, through `object_store` with fsync switched on.
+
+use crate::{Error, Objects};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path as ObjectPath;
+use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
+use std::fs::{DirBuilder, Permissions};
+use std::future::Future;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::runtime::Runtime;
+
+const FOLDER_MODE: u32 = 0o700;
+const FILE_MODE: u32 = 0o600;
+
+/// Objects as files under a folder of our own.
+#[derive(Debug)]
+pub struct LocalObjects {
+    folder: PathBuf,
+    store: LocalFileSystem,
+    runtime: Runtime,
+}
+
+impl LocalObjects {
+    /// Makes the folder, and those above it, private if they are missing.
+    ///
+    /// # Errors
+    /// `Store` when that fails.
+    pub fn create(folder: &Path) -> Result<LocalObjects, Error> {
+        let doing = || format!("making the folder {}", folder.display());
+        DirBuilder::new()
+            .recursive(true)
+            .mode(FOLDER_MODE)
+            .create(folder)
+            .map_err(|e| io_error(doing(), &e))?;
+        // The folder may have existed, empty, with a wider mode.
+        std::fs::set_permissions(folder, Permissions::from_mode(FOLDER_MODE))
+            .map_err(|e| io_error(doing(), &e))?;
+        if let Some(parent) = folder.canonicalize().ok().as_deref().and_then(Path::parent) {
+            std::fs::File::open(parent)
+                .and_then(|parent| parent.sync_all())
+                .map_err(|e| io_error(doing(), &e))?;
+        }
+        LocalObjects::open(folder)
+    }
+
+    /// Uses a folder that exists.
+    ///
+    /// # Errors
+    /// `NotARepository` when there is no such folder.
+    pub fn open(folder: &Path) -> Result<LocalObjects, Error> {
+        if !folder.is_dir() {
+            return Err(Error::NotARepository { place: folder.to_path_buf() });
+        }
+        let doing = || format!("opening the folder {}", folder.display());
+        let store =
+            LocalFileSystem::new_with_prefix(folder).map_err(|e| store_error(doing(), &e))?.with_fsync(true);
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("repository-io")
+            .build()
+            .map_err(|e| io_error("starting the repository's threads".into(), &e))?;
+        Ok(LocalObjects { folder: folder.to_path_buf(), store, runtime })
+    }
+
+    fn run<T>(
+        &self,
+        doing: &str,
+        name: &str,
+        operation: impl Future<Output = object_store::Result<T>>,
+    ) -> Result<T, Error> {
+        self.runtime.block_on(operation).map_err(|error| match error {
+            object_store::Error::NotFound { .. } => Error::Missing { object: name.to_string() },
+            error => store_error(format!("{doing} {name}"), &error),
+        })
+    }
+
+    /// `object_store` makes files and folders by the process's umask, which is not ours to change. The repository's
+    /// folder is private, so nobody sees them before their own modes are.
+    fn make_private(&self, name: &str) -> io::Result<()> {
+        let mut path = self.folder.clone();
+        let mut components = name.split('/').peekable();
+        while let Some(component) = components.next() {
+            path.push(component);
+            let mode = if components.peek().is_some() { FOLDER_MODE } else { FILE_MODE };
+            std::fs::set_permissions(&path, Permissions::from_mode(mode))?;
+        }
+        Ok(())
+    }
+}
+
+impl Objects for LocalObjects {
+    fn put(&self, name: &str, bytes: PutPayload) -> Result<(), Error> {
+        self.run("writing", name, self.store.put(&ObjectPath::from(name), bytes))?;
+        self.make_private(name).map_err(|error| io_error(format!("making {name} private"), &error))
+    }
+
+    fn get(&self, name: &str, limit: u64) -> Result<Vec<u8>, Error> {
+        let path = ObjectPath::from(name);
+        let read = async {
+            let found = self.store.get(&path).await?;
+            if found.meta.size > limit { Ok(None) } else { found.bytes().await.map(Some) }
+        };
+        let bytes = self.run("reading", name, read)?;
+        let too_large = repository_format::FormatError::TooLarge;
+        bytes.map(Vec::from).ok_or_else(|| Error::damaged(name)(too_large))
+    }
+
+    fn get_range(&self, name: &str, range: Range<u64>) -> Result<Vec<u8>, Error> {
+        let path = ObjectPath::from(name);
+        let read = self.run("reading", name, self.store.get_range(&path, range.clone()));
+        match read {
+            // A range that begins behind the end is an error to the store, and a cut object to us.
+            Err(Error::Store { .. }) if self.length(name)?.is_some_and(|length| length <= range.start) => {
+                Ok(Vec::new())
+            }
+            read => read.map(Vec::from),
+        }
+    }
+
+    fn length(&self, name: &str) -> Result<Option<u64>, Error> {
+        match self.run("looking for", name, self.store.head(&ObjectPath::from(name))) {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(Error::Missing { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn list(&self, folder: &str) -> Result<Vec<String>, Error> {
+        let path = ObjectPath::from(folder);
+        let listing = async {
+            let mut names = Vec::new();
+            let mut folders = vec![path];
+            while let Some(path) = folders.pop() {
+                let listed = self.store.list_with_delimiter(Some(&path)).await?;
+                folders.extend(listed.common_prefixes);
+                names.extend(listed.objects.into_iter().map(|object| object.location.to_string()));
+            }
+            Ok(names)
+        };
+        match self.run("listing", folder, listing) {
+            // A folder is made with its first object.
+            Err(Error::Missing { .. }) => Ok(Vec::new()),
+            listed => listed,
+        }
+    }
+
+    fn delete(&self, name: &str) -> Result<(), Error> {
+        match self.run("deleting", name, self.store.delete(&ObjectPath::from(name))) {
+            Ok(()) => {}
+            Err(Error::Missing { .. }) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        // `object_store` does not make deletions durable; a manifest that comes back after a power failure
+        // would surprise people who deleted it.
+        let path = self.folder.join(name);
+        let parent = path.parent().unwrap_or(&self.folder);
+        let synced = std::fs::File::open(parent).and_then(|parent| parent.sync_all());
+        synced.map_err(|error| io_error(format!("deleting {name}"), &error))
+    }
+}
+
+/// Names the failure, and recognises a full disk or quota wherever it is wrapped.
+fn store_error(doing: String, error: &(dyn std::error::Error + 'static)) -> Error {
+    let mut source = Some(error);
+    let mut innermost = error;
+    while let Some(error) = source {
+        if let Some(io) = error.downcast_ref::<io::Error>()
+            && is_full(io)
+        {
+            return Error::StoreFull { doing };
+        }
+        innermost = error;
+        source = error.source();
+    }
+    let _: &dyn std::error::Error = innermost;
+    Error::Store { doing, cause: Arc::from(innermost.to_string()) }
+}
+
+fn io_error(doing: String, error: &io::Error) -> Error {
+    if is_full(error) {
+        Error::StoreFull { doing }
+    } else {
+        Error::Store { doing, cause: Arc::from(error.to_string()) }
+    }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Used by tests that need an `Arc<dyn Objects>`.
+impl From<LocalObjects> for Arc<dyn Objects> {
+    fn from(objects: LocalObjects) -> Arc<dyn Objects> {
+        Arc::new(objects)
+    }
+}
