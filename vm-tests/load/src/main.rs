@@ -21,6 +21,8 @@ use std::time::Duration;
 const RECORD_BYTES: usize = 16;
 /// Between two commits or writes: a few hundred each second keep an emulated processor free for the rest.
 const PAUSE_US_DEFAULT: u64 = 3_000;
+/// Debian's cluster `main`.
+const SOCKET: &str = "/run/postgresql/.s.PGSQL.5432";
 
 type Port = Arc<Mutex<File>>;
 
@@ -82,22 +84,40 @@ fn acknowledge(port: &Port, letter: &str, number: u64) -> io::Result<()> {
 }
 
 fn commit_rows(database: &str, port: &Port, pause: Duration) -> Result<(), String> {
-    let failed = |error: postgres::Error| match error.as_db_error() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| error.to_string())?;
+    runtime.block_on(async {
+        let socket =
+            tokio::net::UnixStream::connect(SOCKET).await.map_err(|error| format!("{SOCKET}: {error}"))?;
+        let mut config = tokio_postgres::Config::new();
+        config.user("postgres").dbname(database);
+        let (client, connection) =
+            config.connect_raw(socket, tokio_postgres::NoTls).await.map_err(postgresql)?;
+        // Ends with the client; what went wrong on the way shows at the client's next statement.
+        let _carrier = tokio::spawn(connection);
+        let row = client
+            .query_one("select coalesce(max(number), 0) from commits", &[])
+            .await
+            .map_err(postgresql)?;
+        let insert = client.prepare("insert into commits (number) values ($1)").await.map_err(postgresql)?;
+        let first = row.get::<_, i64>(0) + 1;
+        for number in first.. {
+            // Outside a transaction block, the answer to an insert is the answer to its commit.
+            client.execute(&insert, &[&number]).await.map_err(postgresql)?;
+            acknowledge(port, "c", number.unsigned_abs()).map_err(|error| format!("acks: {error}"))?;
+            tokio::time::sleep(pause).await;
+        }
+        Ok(())
+    })
+}
+
+fn postgresql(error: tokio_postgres::Error) -> String {
+    match error.as_db_error() {
         Some(said) => format!("PostgreSQL: {said}"),
         None => format!("PostgreSQL: {error}"),
-    };
-    let parameters = format!("host=/run/postgresql user=postgres dbname={database}");
-    let mut client = postgres::Client::connect(&parameters, postgres::NoTls).map_err(failed)?;
-    let row = client.query_one("select coalesce(max(number), 0) from commits", &[]).map_err(failed)?;
-    let insert = client.prepare("insert into commits (number) values ($1)").map_err(failed)?;
-    let first = row.get::<_, i64>(0) + 1;
-    for number in first.. {
-        // Outside a transaction block, the answer to an insert is the answer to its commit.
-        client.execute(&insert, &[&number]).map_err(failed)?;
-        acknowledge(port, "c", number.unsigned_abs()).map_err(|error| format!("acks: {error}"))?;
-        std::thread::sleep(pause);
     }
-    Ok(())
 }
 
 fn write_records(path: &str, letter: &str, port: &Port, pause: Duration) -> io::Result<()> {
