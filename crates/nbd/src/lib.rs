@@ -30,7 +30,7 @@ pub use encode::{
 };
 pub use error::{HandshakeError, PlanError, ProtocolError, RequestError};
 pub use extents::{Extent, StatusExtents};
-pub use plan::{Piece, PlannedReads, plan_reads, split_at_holes};
+pub use plan::{Piece, PlannedReads, allocation_status, plan_reads, split_at_holes};
 pub use server_handshake::{Export, ServerHandshake, ServerSession, ServerStep};
 pub use server_transmission::{Command, Request, RequestDecoder};
 pub use wire::{ErrorCode, allocation, bitmap, transmission_flags};

@@ -1,6 +1,7 @@
 //! Cutting the disk into requests and replies into pieces.
 
 use crate::error::PlanError;
+use crate::wire::allocation;
 use std::iter::Peekable;
 use std::ops::Range;
 
@@ -113,6 +114,30 @@ pub fn split_at_holes(offset: u64, length: u32, extents: &[(u64, bool)], piece_b
     pieces
 }
 
+/// The reply to a BLOCK_STATUS of `length` bytes: (length, flags of `base:allocation`), neighbours joined.
+///
+/// `extents` are (length, hole) from the request's offset on. What they leave out at the end stays out, as long as
+/// they say anything at all; if not, all is data. With `one` only the first extent is told, never longer than asked.
+pub fn allocation_status(length: u32, extents: &[(u64, bool)], one: bool) -> Vec<(u32, u32)> {
+    let mut told: Vec<(u32, u32)> = Vec::new();
+    let mut left = length;
+    for &(extent_length, hole) in extents {
+        let now = u32::try_from(extent_length).unwrap_or(u32::MAX).min(left);
+        let flags = if hole { allocation::HOLE | allocation::ZERO } else { 0 };
+        left -= now;
+        match told.last_mut() {
+            _ if now == 0 => {}
+            Some(last) if last.1 == flags => last.0 += now,
+            Some(_) if one => break,
+            _ => told.push((now, flags)),
+        }
+    }
+    if told.is_empty() {
+        told.push((length, 0));
+    }
+    told
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -144,6 +169,17 @@ mod tests {
         assert_eq!(plan(&[10..20, 0..5]), Err(PlanError::OutOfOrder { start: 0, end: 5 }));
         assert_eq!(plan(&[10..20, 30..25]), Err(PlanError::OutOfOrder { start: 30, end: 25 }));
         assert_eq!(plan(&[980..990, 990..1001]), Err(PlanError::OutsideDisk { start: 990, end: 1001 }));
+    }
+
+    #[test]
+    fn status_is_clipped_joined_and_never_empty() {
+        let extents = [(10, false), (0, true), (5, false), (7, true), (1 << 40, false)];
+        assert_eq!(allocation_status(20, &extents, false), [(15, 0), (5, 3)]);
+        assert_eq!(allocation_status(20, &extents, true), [(15, 0)]);
+        assert_eq!(allocation_status(4, &extents, true), [(4, 0)]);
+        assert_eq!(allocation_status(20, &[(5, true)], false), [(5, 3)]);
+        assert_eq!(allocation_status(20, &[], true), [(20, 0)]);
+        assert_eq!(allocation_status(20, &[(0, true)], true), [(20, 0)]);
     }
 
     proptest! {

@@ -4,5 +4,7 @@ pub mod disks;
 pub mod machine;
 pub mod monitor;
 pub mod nbd_client;
+mod nbd_received;
+pub mod nbd_server;
 pub mod point;
 pub mod unix;

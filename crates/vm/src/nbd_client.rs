@@ -5,18 +5,18 @@
 //! given to [`NbdClient::connect`] is the longest wait for the handshake, and later for the next finished request.
 
 mod error;
-mod received;
 
 pub use error::NbdClientError;
 
+use crate::nbd_received::Received;
+use crate::unix;
 use nbd::{Body, ClientHandshake, ClientTransmission, Decoded, Extent, Reply, Session};
-use received::Received;
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Extents that [`NbdClient::extents`] collects, 24 bytes each; [`NbdClient::visit_extents`] has no such limit.
 pub const EXTENTS_MAX: usize = 16 << 20;
@@ -167,7 +167,7 @@ impl NbdClient {
         let mut patience = Patience::new(self.timeout, None);
         loop {
             match self.transmission.decode(self.received.shown()).map_err(NbdClientError::from)? {
-                Decoded::More(wanted) => self.received.fill(&mut self.stream, wanted, &mut patience)?,
+                Decoded::More(wanted) => fill(&mut self.received, &mut self.stream, wanted, &mut patience)?,
                 Decoded::Ready(consumed, Reply { body, finished, .. }) => {
                     match body {
                         Body::Status { context, extents } if context == id => {
@@ -228,7 +228,7 @@ impl NbdClient {
                 Decoded::More(wanted) => {
                     // New requests wait until everything received is used up: with small ones, many leave at once.
                     send(&mut self.stream, &mut out, self.timeout)?;
-                    self.received.fill(&mut self.stream, wanted, &mut patience)?;
+                    fill(&mut self.received, &mut self.stream, wanted, &mut patience)?;
                 }
                 Decoded::Ready(consumed, Reply { body, finished, .. }) => {
                     match body {
@@ -309,9 +309,8 @@ impl<'c> Patience<'c> {
 }
 
 fn send(stream: &mut UnixStream, out: &mut Vec<u8>, timeout: Duration) -> Result<(), NbdClientError> {
-    stream.write_all(out).map_err(|error| match error.kind() {
-        ErrorKind::WouldBlock => NbdClientError::TimedOut(timeout),
-        _ => error.into(),
+    stream.write_all(out).map_err(|error| {
+        if unix::is_timeout(&error) { NbdClientError::TimedOut(timeout) } else { error.into() }
     })?;
     out.clear();
     Ok(())
@@ -330,7 +329,7 @@ fn shake_hands(
         let decoded = handshake.decode(received.shown(), &mut out)?;
         send(&mut stream, &mut out, timeout)?;
         match decoded {
-            Decoded::More(wanted) => received.fill(&mut stream, wanted, &mut patience)?,
+            Decoded::More(wanted) => fill(&mut received, &mut stream, wanted, &mut patience)?,
             Decoded::Ready(consumed, session) => {
                 received.consume(consumed);
                 if let Some(session) = session {
@@ -342,21 +341,35 @@ fn shake_hands(
 }
 
 fn connect(path: &Path, timeout: Duration) -> Result<UnixStream, NbdClientError> {
-    use rustix::io::Errno;
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
-    let failed = |errno: Errno| match errno {
-        // With a time limit on sending, a full backlog ends like this.
-        Errno::AGAIN => NbdClientError::TimedOut(timeout),
-        errno => NbdClientError::Connect { path: path.to_owned(), source: errno.into() },
-    };
-    // std's connect has no time limit, and waits for as long as the server's backlog is full.
-    let socket =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-            .map_err(failed)?;
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(timeout)).map_err(failed)?;
-    let address = SocketAddrUnix::new(path).map_err(failed)?;
-    rustix::io::retry_on_intr(|| rustix::net::connect(&socket, &address)).map_err(failed)?;
-    let stream = UnixStream::from(socket);
+    let stream = unix::connect(path, Instant::now() + timeout).map_err(|source| {
+        if unix::is_timeout(&source) {
+            return NbdClientError::TimedOut(timeout);
+        }
+        NbdClientError::Connect { path: path.to_owned(), source }
+    })?;
+    stream.set_write_timeout(Some(timeout))?;
     stream.set_read_timeout(Some(timeout.min(CANCEL_LATENCY)))?;
     Ok(stream)
+}
+
+/// Reads until at least `wanted` bytes are there, or patience ends.
+fn fill(
+    received: &mut Received,
+    stream: &mut UnixStream,
+    wanted: usize,
+    patience: &mut Patience<'_>,
+) -> Result<(), NbdClientError> {
+    while received.shown().len() < wanted {
+        let began = Instant::now();
+        match stream.read(received.room(wanted)) {
+            Ok(0) => return Err(NbdClientError::Closed),
+            Ok(bytes) => received.arrived(bytes),
+            Err(error) if error.kind() == ErrorKind::Interrupted || unix::is_timeout(&error) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if received.shown().len() < wanted {
+            patience.waited(began.elapsed())?;
+        }
+    }
+    Ok(())
 }

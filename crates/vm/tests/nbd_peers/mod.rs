@@ -47,7 +47,9 @@ impl QemuNbd {
     /// `options` end with the image.
     pub(crate) fn serve(folder: &Path, options: &[&str]) -> Self {
         let socket = folder.join("qemu-nbd.sock");
+        let ready = folder.join("qemu-nbd.pid");
         let child = Command::new("qemu-nbd")
+            .arg(format!("--pid-file={}", ready.display()))
             .args(["--read-only", "--persistent", "--shared=4", "--export-name=disk", "--socket"])
             .arg(&socket)
             .args(options)
@@ -56,7 +58,8 @@ impl QemuNbd {
             .unwrap();
         let process = Running(child);
         let began = Instant::now();
-        while !socket.exists() {
+        // The socket's file is there before anybody listens; this one is written later.
+        while !ready.exists() {
             assert!(began.elapsed() < PATIENCE, "qemu-nbd does not come up");
             std::thread::sleep(Duration::from_millis(10));
         }
