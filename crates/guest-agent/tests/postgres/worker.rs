@@ -1,0 +1,115 @@
+//! The worker process itself.
+
+use crate::server::{Server, Version};
+use crate::{codes, quiesce, report, within, workers};
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+#[test]
+fn a_worker_has_its_applications_rights_and_only_its_own_descriptors() {
+    let Some(version) = Version::debian() else { return };
+    let server = Server::start(version, "");
+    // Something that a careless program would leak into its children.
+    let leak = std::fs::File::open("/etc/hostname").unwrap();
+    rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
+    let applications = quiesce(&[&server]);
+    let workers = workers(&applications);
+    let [pid] = workers.as_slice() else { panic!("{workers:?}") };
+    let postgres = std::fs::metadata(server.data()).unwrap();
+
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(field("Uid:"), vec![postgres.uid().to_string(); 4]);
+    assert_eq!(field("Gid:"), vec![postgres.gid().to_string(); 4]);
+    assert_eq!(field("Groups:"), Vec::<String>::new());
+    assert_eq!(field("NoNewPrivs:"), ["1"]);
+    assert_eq!(field("Threads:"), ["1"]);
+    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+        assert_eq!(field(set), ["0000000000000000"], "{set}");
+    }
+    // The kernel gives such files of a process to root when the process is not dumpable.
+    assert_eq!(std::fs::metadata(format!("/proc/{pid}/environ")).unwrap().uid(), 0);
+    assert_eq!(std::fs::read(format!("/proc/{pid}/environ")).unwrap(), b"");
+    assert_eq!(std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap().to_str(), Some("/"));
+    let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+    assert!(program.to_str().unwrap().starts_with("/memfd:"), "{program:?}");
+
+    let mut kinds: Vec<String> = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
+        let target = std::fs::read_link(entry.unwrap().path()).unwrap();
+        let target = target.to_str().unwrap().to_owned();
+        kinds.push(target.split_once(":[").map_or(target.clone(), |(kind, _)| kind.to_owned()));
+    }
+    kinds.retain(|kind| !kind.starts_with("anon_inode"));
+    kinds.sort();
+    let place = server.sockets().join(".s.PGSQL.5432").display().to_string();
+    let rest: Vec<&String> = kinds.iter().filter(|kind| **kind != place && *kind != "/dev/null").collect();
+    // The channel, the session, and the pair by which its runtime wakes itself for signals, if it has one.
+    assert!(rest.iter().all(|kind| *kind == "socket") && rest.len() <= 4, "{kinds:?}");
+    assert_eq!(kinds.iter().filter(|kind| **kind == place).count(), 1, "{kinds:?}");
+    drop(leak);
+}
+
+#[test]
+fn a_worker_that_is_killed_harms_nobody() {
+    let Some(version) = Version::debian() else { return };
+    let server = Server::start(version, "");
+    let mut applications = quiesce(&[&server]);
+    let pid = workers(&applications)[0];
+    server.kill("KILL", &pid.to_string());
+    applications.resume(within(10));
+    let report = report(&applications, &server);
+    assert!(report.quiesced && !report.held, "{report:#?}");
+    assert_eq!(codes(&report).last(), Some(&"session_lost"), "{report:#?}");
+    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "it was reaped");
+    assert_eq!(server.sql("SELECT 1"), "1");
+}
+
+#[test]
+fn a_worker_that_hangs_is_given_up_at_the_deadline_and_reaped() {
+    let Some(version) = Version::debian() else { return };
+    let server = Server::start(version, "");
+    let mut applications = quiesce(&[&server]);
+    let pid = workers(&applications)[0];
+    server.kill("STOP", &pid.to_string());
+    let begin = Instant::now();
+    applications.resume(within(1));
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    let report = report(&applications, &server);
+    assert!(report.quiesced && !report.held, "{report:#?}");
+    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "it was reaped");
+}
+
+#[test]
+fn a_worker_ends_with_the_run_that_was_dropped() {
+    let Some(version) = Version::debian() else { return };
+    let server = Server::start(version, "");
+    let applications = quiesce(&[&server]);
+    let pid = workers(&applications)[0];
+    drop(applications);
+    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+    let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'stillpoint'";
+    let until = within(5);
+    while server.sql(sessions) != "0" {
+        assert!(Instant::now() < until, "its session stays");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn nothing_is_sent_between_quiesce_and_resume() {
+    let Some(version) = Version::debian() else { return };
+    let server = Server::start(version, "");
+    let mut applications = quiesce(&[&server]);
+    let session = report(&applications, &server).facts["session_pid"].clone();
+    let last = format!("SELECT query_start, state_change, state FROM pg_stat_activity WHERE pid = {session}");
+    let before = server.sql(&last);
+    assert!(before.ends_with("|idle"), "{before}");
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(server.sql(&last), before);
+    applications.resume(within(10));
+    assert!(report(&applications, &server).held);
+}
