@@ -1,5 +1,6 @@
 //! Shells towards a virtual machine: monitor, agent, NBD, twin.
 
+pub mod agent;
 pub mod disks;
 pub mod machine;
 pub mod monitor;

@@ -1,0 +1,278 @@
+//! A connection to the guest's agent, over the host's end of a virtio-serial port.
+//!
+//! Such a port is one channel without beginnings and ends: what an earlier program left in it is still there, and a
+//! guest that does not answer now may answer later. So every conversation begins with a synchronization, and begins
+//! again with one after any error; the call after a failed freeze is a thaw, and it must get through.
+
+mod calls;
+
+pub use calls::{EXEC_OUTPUT_BYTES_MAX, ExecOutput, freeze_limit};
+
+use crate::unix;
+use guest_protocol::answers::Info;
+use guest_protocol::client::{Event, LineTooLong};
+use guest_protocol::{Class, Client};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long a call may take that waits for nothing in the guest.
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// A synchronization is sent again after this time: bytes sent while nobody in the guest has the port open are lost.
+const SYNC_AGAIN: Duration = Duration::from_secs(1);
+
+/// Which agent answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Ours: freezes under a lease, quiesces applications, reports.
+    Stillpoint,
+    /// Another that speaks the same language, such as qemu-ga.
+    Stock,
+}
+
+/// A call that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The socket cannot be connected to.
+    #[error("the agent socket cannot be connected to: {0}")]
+    Connect(#[source] io::Error),
+    /// Connected, but nobody in the guest answers; or another program holds the channel, which takes one at a time.
+    #[error("no agent answers in the guest (or another program holds its channel)")]
+    Silent,
+    /// No answer in time. What the guest does about the call is not known.
+    #[error("the agent did not answer {command} within {} ms", .limit.as_millis())]
+    Timeout {
+        /// The command.
+        command: String,
+        /// The limit.
+        limit: Duration,
+    },
+    /// The agent has no such command, or does not allow it (now).
+    #[error("the agent does not offer {command}: {desc}")]
+    NotOffered {
+        /// The command.
+        command: String,
+        /// The agent's words.
+        desc: String,
+    },
+    /// The agent refused or failed.
+    #[error("the agent failed {command}: {desc}")]
+    Failed {
+        /// The command.
+        command: String,
+        /// The agent's words; ours begin with a stable code.
+        desc: String,
+    },
+    /// The answer does not have the form that we know, or is larger than a guest may make it.
+    #[error("the agent's answer to {command} is not understood: {reason}")]
+    Answer {
+        /// The command.
+        command: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The channel broke. The next call connects anew.
+    #[error("the agent channel broke: {0}")]
+    Io(#[source] io::Error),
+}
+
+impl From<LineTooLong> for AgentError {
+    fn from(error: LineTooLong) -> Self {
+        Self::Io(io::Error::new(io::ErrorKind::InvalidData, error))
+    }
+}
+
+/// A connection to the guest's agent. Errors do not end it: the next call synchronizes, and connects anew if it must.
+#[derive(Debug)]
+pub struct Agent {
+    path: PathBuf,
+    stream: Option<UnixStream>,
+    client: Client,
+    info: Info,
+    kind: Kind,
+}
+
+impl Agent {
+    /// Connects, synchronizes, and asks what the agent can do.
+    ///
+    /// # Errors
+    /// `Connect` if there is no channel, `Silent` if no agent answers in time, and those of a call.
+    pub fn connect(path: &Path, limit: Duration) -> Result<Self, AgentError> {
+        let mut seed = [0; 8];
+        getrandom::fill(&mut seed).map_err(|error| AgentError::Io(io::Error::other(error)))?;
+        let mut agent = Self {
+            path: path.to_owned(),
+            stream: None,
+            // JSON numbers are exact up to 2^53 with every reader.
+            client: Client::new(u64::from_le_bytes(seed) >> 13),
+            info: Info { version: String::new(), supported_commands: vec![] },
+            kind: Kind::Stock,
+        };
+        agent.synchronize(Instant::now() + limit)?;
+        agent.info = agent.call("guest-info", None, limit)?;
+        // While frozen commands are disabled, but listed.
+        if agent.info.supported_commands.iter().any(|command| command.name == "stillpoint-freeze") {
+            agent.kind = Kind::Stillpoint;
+        }
+        Ok(agent)
+    }
+
+    /// Which agent answers.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// What the agent said of itself when the conversation began.
+    pub fn info(&self) -> &Info {
+        &self.info
+    }
+
+    /// Calls a command.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub fn call<T: DeserializeOwned>(
+        &mut self,
+        command: &str,
+        arguments: Option<Value>,
+        limit: Duration,
+    ) -> Result<T, AgentError> {
+        let answer = self.call_raw(command, arguments, limit)?;
+        understand(command, answer)
+    }
+
+    /// Calls one of our own commands: its answer is bounded before it is believed to have any form.
+    fn call_ours<A: Serialize, T: DeserializeOwned>(
+        &mut self,
+        command: &str,
+        arguments: &A,
+        limit: Duration,
+    ) -> Result<T, AgentError> {
+        let failed = |reason: String| AgentError::Answer { command: command.to_owned(), reason };
+        let arguments = serde_json::to_value(arguments).map_err(|error| failed(error.to_string()))?;
+        let mut answer = self.call_raw(command, Some(arguments), limit)?;
+        calls::bound(&mut answer).map_err(|reason| failed(reason.to_owned()))?;
+        understand(command, answer)
+    }
+
+    fn call_raw(
+        &mut self,
+        command: &str,
+        arguments: Option<Value>,
+        limit: Duration,
+    ) -> Result<Value, AgentError> {
+        let deadline = Instant::now() + limit;
+        if self.stream.is_none() || !self.client.is_synchronized() {
+            self.synchronize(deadline)?;
+        }
+        let outcome = self.exchange(command, arguments, deadline);
+        let failed = |desc| AgentError::Failed { command: command.to_owned(), desc };
+        match outcome {
+            Ok(Some(Ok(answer))) => Ok(answer),
+            Ok(Some(Err(error))) => Err(match error.class {
+                Class::CommandNotFound => {
+                    AgentError::NotOffered { command: command.to_owned(), desc: error.desc }
+                }
+                Class::GenericError => failed(error.desc),
+            }),
+            Ok(None) => {
+                // Begins the conversation afresh in the agent too: whatever it still owes us is dropped there.
+                let resync = self.client.resync();
+                if self.send(&resync, Instant::now() + CALL_TIMEOUT).is_err() {
+                    self.stream = None;
+                }
+                Err(AgentError::Timeout { command: command.to_owned(), limit })
+            }
+            Err(error) => {
+                self.stream = None;
+                Err(error)
+            }
+        }
+    }
+
+    fn exchange(
+        &mut self,
+        command: &str,
+        arguments: Option<Value>,
+        deadline: Instant,
+    ) -> Result<Option<Result<Value, guest_protocol::Error>>, AgentError> {
+        let (request, bytes) = self.client.request(command, arguments);
+        self.send(&bytes, deadline)?;
+        loop {
+            let Some(events) = self.receive(deadline)? else { return Ok(None) };
+            for event in events {
+                if let Event::Answer { request: answered, result } = event
+                    && answered == request
+                {
+                    return Ok(Some(result));
+                }
+            }
+        }
+    }
+
+    /// Connects if need be, and begins the conversation (afresh).
+    fn synchronize(&mut self, deadline: Instant) -> Result<(), AgentError> {
+        loop {
+            if self.stream.is_none() {
+                let stream = unix::connect(&self.path, deadline).map_err(|error| {
+                    if unix::is_timeout(&error) { AgentError::Silent } else { AgentError::Connect(error) }
+                })?;
+                self.stream = Some(stream);
+            }
+            let again = deadline.min(Instant::now() + SYNC_AGAIN);
+            let bytes = self.client.resync();
+            let outcome = self.send(&bytes, deadline).and_then(|()| self.await_sync(again));
+            match outcome {
+                Ok(()) if self.client.is_synchronized() => return Ok(()),
+                Ok(()) => (),
+                Err(AgentError::Io(error)) if !unix::is_timeout(&error) => self.stream = None,
+                Err(AgentError::Io(_)) => (),
+                Err(error) => return Err(error),
+            }
+            if Instant::now() >= deadline {
+                return Err(AgentError::Silent);
+            }
+            if self.stream.is_none() {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+    }
+
+    fn await_sync(&mut self, until: Instant) -> Result<(), AgentError> {
+        while !self.client.is_synchronized() && self.receive(until)?.is_some() {}
+        Ok(())
+    }
+
+    fn send(&mut self, bytes: &[u8], deadline: Instant) -> Result<(), AgentError> {
+        let stream =
+            self.stream.as_mut().ok_or_else(|| AgentError::Io(io::ErrorKind::NotConnected.into()))?;
+        let left = unix::time_left(deadline).map_err(AgentError::Io)?;
+        stream.set_write_timeout(Some(left)).map_err(AgentError::Io)?;
+        stream.write_all(bytes).map_err(AgentError::Io)
+    }
+
+    /// Reads once; `None` at the deadline.
+    fn receive(&mut self, deadline: Instant) -> Result<Option<Vec<Event>>, AgentError> {
+        let stream =
+            self.stream.as_mut().ok_or_else(|| AgentError::Io(io::ErrorKind::NotConnected.into()))?;
+        let Ok(left) = unix::time_left(deadline) else { return Ok(None) };
+        stream.set_read_timeout(Some(left)).map_err(AgentError::Io)?;
+        let mut bytes = [0; 65536];
+        match stream.read(&mut bytes) {
+            Ok(0) => Err(AgentError::Io(io::ErrorKind::UnexpectedEof.into())),
+            Ok(count) => Ok(Some(self.client.receive(&bytes[..count])?)),
+            Err(error) if unix::is_timeout(&error) => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Some(vec![])),
+            Err(error) => Err(AgentError::Io(error)),
+        }
+    }
+}
+
+fn understand<T: DeserializeOwned>(command: &str, answer: Value) -> Result<T, AgentError> {
+    serde_json::from_value(answer)
+        .map_err(|error| AgentError::Answer { command: command.to_owned(), reason: error.to_string() })
+}
