@@ -13,7 +13,7 @@ mod worker;
 use guest_agent::quiesce::Applications;
 use guest_protocol::stillpoint::{ApplicationPolicy, ApplicationReport, Policy};
 use server::Server;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 fn within(seconds: u64) -> Instant {
@@ -24,8 +24,14 @@ fn policy(instance: Option<String>, policy: Policy) -> ApplicationPolicy {
     ApplicationPolicy { kind: "postgresql".to_owned(), instance, policy }
 }
 
+/// The agent: `STILLPOINT_AGENT` (such as a static build), or the one built beside these tests.
+fn agent() -> PathBuf {
+    let built = || PathBuf::from(env!("CARGO_BIN_EXE_stillpoint-agent"));
+    std::env::var_os("STILLPOINT_AGENT").map_or_else(built, PathBuf::from)
+}
+
 fn discover(policies: &[ApplicationPolicy]) -> Applications {
-    Applications::discover_with(Path::new(env!("CARGO_BIN_EXE_stillpoint-agent")), policies, within(10))
+    Applications::discover_with(&agent(), policies, within(10))
 }
 
 /// Finds these servers; every other one on the machine is none of our business.

@@ -24,7 +24,7 @@ fn a_tablespace_and_a_log_on_other_file_systems_count_as_places_of_the_applicati
     assert_ne!(disk, shm, "the test needs two file systems");
     server.up();
     let before = report(&find(&[&server], Policy::Preferred), &server);
-    assert_eq!(before.device_numbers, [disk.clone()]);
+    assert_eq!(before.device_numbers, [disk.as_str()]);
 
     assert!(Command::new("chown").arg("postgres:").arg(memory.path()).status().unwrap().success());
     server.sql(&format!("CREATE TABLESPACE fast LOCATION '{}'", memory.path().display()));

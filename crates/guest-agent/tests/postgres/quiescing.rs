@@ -95,6 +95,29 @@ fn a_rehearsal_connects_and_reads_but_writes_no_checkpoint() {
 }
 
 #[test]
+fn a_rehearsal_tells_that_the_role_may_not_checkpoint() {
+    let Some(version) = Version::debian() else { return };
+    let server = Server::start(version, "");
+    // The server lets nobody take this right from the role that made the cluster, so it gets another owner name.
+    server.sql("CREATE ROLE boss SUPERUSER LOGIN");
+    server.own_file("pg_hba.conf", "local all boss trust\nlocal all all peer\n");
+    server.sql("SELECT pg_reload_conf()");
+    server.sql_as("boss", "UPDATE pg_authid SET rolsuper = false WHERE rolname = 'postgres'");
+    let may = |server: &Server| {
+        let mut applications = find(&[server], Policy::Required);
+        applications.rehearse(within(20));
+        applications.required_failure().map(|reason| reason.code)
+    };
+    assert_eq!(may(&server).as_deref(), Some("not_permitted"));
+    server.sql_as("boss", "GRANT pg_checkpoint TO postgres");
+    assert_eq!(may(&server), None);
+    let mut applications = find(&[&server], Policy::Required);
+    applications.prepare(within(60));
+    applications.quiesce(Duration::from_secs(30), within(60));
+    assert!(report(&applications, &server).quiesced, "{:#?}", applications.reports());
+}
+
+#[test]
 fn an_application_that_is_off_is_listed_and_not_touched() {
     let Some(version) = Version::debian() else { return };
     let server = Server::start(version, "");

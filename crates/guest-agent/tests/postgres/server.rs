@@ -173,8 +173,12 @@ impl Server {
 
     /// Runs statements as the superuser; what comes back is text without decoration.
     pub(crate) fn sql(&self, statements: &str) -> String {
+        self.sql_as("postgres", statements)
+    }
+
+    pub(crate) fn sql_as(&self, role: &str, statements: &str) -> String {
         let mut psql = as_postgres(Path::new("/usr/bin/psql"));
-        psql.args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", "postgres", "-h"]).arg(self.sockets());
+        psql.args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", "postgres", "-U", role, "-h"]).arg(self.sockets());
         let output = psql.args(["-c", statements]).current_dir("/").output().unwrap();
         assert!(output.status.success(), "{statements}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap().trim().to_owned()

@@ -2,7 +2,11 @@
 
 use crate::server::{Server, Version};
 use crate::{codes, quiesce, report, within, workers};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 #[test]
@@ -96,6 +100,41 @@ fn a_worker_ends_with_the_run_that_was_dropped() {
     while server.sql(sessions) != "0" {
         assert!(Instant::now() < until, "its session stays");
         std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_worker_ends_its_session_when_its_agent_is_gone() {
+    let Some(version) = Version::debian() else { return };
+    let server = Server::prepared(version, "");
+    server.own_file("pg_hba.conf", "local all all trust\n");
+    server.up();
+    let flags = rustix::fs::OFlags::PATH;
+    let place =
+        rustix::fs::open(server.sockets().join(".s.PGSQL.5432"), flags, rustix::fs::Mode::empty()).unwrap();
+    let (mut agent, theirs) = UnixStream::pair().unwrap();
+    let mut command = Command::new(crate::agent());
+    command.args(["quiesce-worker", "postgresql", &place.as_raw_fd().to_string()]);
+    let mut worker = command.stdin(OwnedFd::from(theirs)).spawn().unwrap();
+    drop(command);
+    drop(place);
+    let owner = std::fs::metadata(server.data()).unwrap().uid();
+    let order = format!(r#"{{"server_pid":{},"server_uid":{owner},"roles":["postgres"]}}"#, server.pid());
+    for frame in [order.as_str(), r#"{"phase":"quiesce","budget_ms":20000}"#] {
+        let length = u32::try_from(frame.len()).unwrap();
+        agent.write_all(&[&length.to_le_bytes()[..], frame.as_bytes()].concat()).unwrap();
+    }
+    let mut length = [0; 4];
+    agent.read_exact(&mut length).unwrap();
+    let mut answer = vec![0; u32::from_le_bytes(length) as usize];
+    agent.read_exact(&mut answer).unwrap();
+    let answer: serde_json::Value = serde_json::from_slice(&answer).unwrap();
+    assert_eq!(answer["failure"], serde_json::Value::Null, "{answer}");
+    drop(agent);
+    let until = within(5);
+    while worker.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < until, "it stays");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

@@ -82,6 +82,10 @@ impl Server {
             Err(unsupported) => return Ok(unsupported),
         };
         let mut answer = evidence::read(&held.client).await?;
+        if !held.may_checkpoint().await? {
+            let message = format!("role {} may not CHECKPOINT: it lacks pg_checkpoint", held.role);
+            return Ok(Answer { failure: Some(Note::new("not_permitted", message)), ..answer });
+        }
         // A rehearsal promises no position.
         answer.position = None;
         Ok(answer)
@@ -104,7 +108,9 @@ impl Server {
             }
             Err(trouble) => return Err(trouble),
         }
-        answer.notes.extend(unlogged::look(&held.client, &order_for_databases, socket, &held.role).await);
+        answer
+            .notes
+            .extend(unlogged::look(&held.client, &order_for_databases, socket, &held.role, until).await);
         answer.facts.insert("role".to_owned(), held.role.clone());
         Ok(answer)
     }
@@ -166,6 +172,13 @@ impl Held {
         self.client.simple_query("CHECKPOINT").await?;
         self.client.simple_query("SET statement_timeout = '10s'").await?;
         Ok(begin.elapsed())
+    }
+
+    /// Source: `CHECKPOINT` in PostgreSQL's reference; the role `pg_checkpoint` came with 15.
+    async fn may_checkpoint(&self) -> Result<bool, Trouble> {
+        let statement = "SELECT bool_or(pg_has_role(oid, 'USAGE')) OR current_setting('is_superuser') = 'on' \
+            FROM pg_roles WHERE rolname = 'pg_checkpoint'";
+        Ok(row(&self.client, statement).await?.first().is_some_and(|may| may == "t"))
     }
 
     async fn identity(&self) -> Result<(String, String), Trouble> {

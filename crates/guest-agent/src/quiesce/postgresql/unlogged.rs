@@ -5,7 +5,7 @@ use super::Order;
 use super::wire::{Trouble, connect_to, row, rows};
 use crate::quiesce::channel::Note;
 use std::os::fd::RawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio_postgres::Client;
 
 /// Most databases that are asked.
@@ -16,9 +16,20 @@ const NAMES_MAX: usize = 8;
 const DATABASE_TIME: Duration = Duration::from_secs(2);
 /// Longest time for all of them.
 const ALL_TIME: Duration = Duration::from_secs(20);
+/// What is left to the phase at the end.
+const MARGIN: Duration = Duration::from_secs(1);
 
 /// What is unlogged in each database, and which databases could not be asked.
-pub(super) async fn look(client: &Client, order: &Order, socket: RawFd, role: &str) -> Vec<Note> {
+///
+/// Ends well before `until`: this knowledge is not worth the phase.
+pub(super) async fn look(
+    client: &Client,
+    order: &Order,
+    socket: RawFd,
+    role: &str,
+    until: Instant,
+) -> Vec<Note> {
+    let until = until.checked_sub(MARGIN).unwrap_or(until).min(Instant::now() + ALL_TIME);
     let statement =
         "SELECT datname FROM pg_database WHERE datallowconn AND datname <> 'template0' ORDER BY 1";
     let databases = match rows(client, statement).await {
@@ -27,14 +38,14 @@ pub(super) async fn look(client: &Client, order: &Order, socket: RawFd, role: &s
     };
     let databases: Vec<String> = databases;
     let mut notes = Vec::new();
-    let until = tokio::time::Instant::now() + ALL_TIME;
     for (number, database) in databases.iter().enumerate() {
-        if number == DATABASES_MAX || tokio::time::Instant::now() >= until {
+        if number == DATABASES_MAX || Instant::now() >= until {
             let left = databases.len() - number;
             notes.push(Note::new("unlogged_unseen", format!("{left} more databases were not asked")));
             break;
         }
-        let asked = tokio::time::timeout(DATABASE_TIME, ask(order, socket, role, database)).await;
+        let limit = until.min(Instant::now() + DATABASE_TIME);
+        let asked = tokio::time::timeout_at(limit.into(), ask(order, socket, role, database)).await;
         match asked.unwrap_or(Err(Trouble::Cancelled)) {
             Ok(None) => {}
             Ok(Some(message)) => notes.push(Note::new("unlogged_tables", message)),

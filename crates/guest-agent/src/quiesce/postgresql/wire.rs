@@ -55,14 +55,17 @@ impl Trouble {
 impl From<tokio_postgres::Error> for Trouble {
     fn from(error: tokio_postgres::Error) -> Self {
         let Some(server) = error.as_db_error() else {
-            return if error.is_closed() {
+            let io = std::error::Error::source(&error).is_some_and(|source| source.is::<io::Error>());
+            let words = error.to_string();
+            // The crate keeps the kind of such an error to itself, and shows it as the beginning of its words. The
+            // first is a server that asks for a password, of which a worker has none.
+            let refused = ["invalid configuration", "authentication error"];
+            return if error.is_closed() || io {
                 Self::Closed
-            } else if std::error::Error::source(&error).is_some_and(|source| source.is::<io::Error>()) {
-                // Reset or broken pipe: the other end is gone.
-                Self::Closed
+            } else if refused.iter().any(|kind| words.starts_with(kind)) {
+                Self::Refused(words)
             } else {
-                // Such as a server that asks for a password, of which a worker has none.
-                Self::Refused(error.to_string())
+                Self::Other(words)
             };
         };
         let words = format!("{} ({})", server.message(), server.code().code());
