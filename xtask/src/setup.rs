@@ -179,12 +179,12 @@ impl NoServices {
                 _ => {}
             },
         }
-        let packaged = format!("{CLUSTER}.dpkg-dist");
         if std::mem::take(&mut self.cluster_is_ours) {
+            fs::remove_file(CLUSTER)?;
+            // ucf kept ours and laid the package's own beside it.
+            let packaged = format!("{CLUSTER}.ucf-dist");
             if Path::new(&packaged).exists() {
                 fs::rename(packaged, CLUSTER)?;
-            } else {
-                fs::remove_file(CLUSTER)?;
             }
         }
         Ok(())
