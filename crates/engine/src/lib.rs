@@ -3,6 +3,7 @@
 //! Synchronous: a run is one thread that talks to one VM, and its stack trace tells the whole story.
 
 pub mod blocks;
+pub mod check;
 mod copy;
 mod definition;
 pub mod guest;
@@ -12,6 +13,7 @@ pub mod pieces;
 pub mod register;
 pub mod restore;
 pub mod snapshot;
+pub mod survey;
 pub mod watch;
 
 pub use copy::CopyError;
