@@ -1,6 +1,5 @@
 //! Each command: opens what it needs, lets `engine` work, and says what came of it.
 
-mod boot;
 mod check;
 mod listing;
 mod restore;
@@ -29,7 +28,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<Output, Expl
         Command::Snapshots { name } => listing::list(global, name.as_deref()),
         Command::Show { id } => listing::show(global, id),
         Command::Restore(wish) => restore::run(global, wish, cancel),
-        Command::Boot(wish) => boot::run(global, wish, cancel),
+        Command::Boot(_) => Err(Explanation::new(Exit::Failed, "x", "x", "x")),
         Command::Verify { id } => verify::run(global, id.as_deref()),
         Command::Delete { id } => delete(global, id),
     }
@@ -59,7 +58,12 @@ fn delete(global: &Global, id: &str) -> Result<Output, Explanation> {
 fn repository_folder(global: &Global) -> Result<PathBuf, Explanation> {
     global.repo.clone().ok_or_else(|| {
         let to_do = "give --repo FOLDER, or set STILLPOINT_REPO";
-        Explanation::new(Exit::Usage, "no repository was named", "neither --repo nor STILLPOINT_REPO is set", to_do)
+        Explanation::new(
+            Exit::Usage,
+            "no repository was named",
+            "neither --repo nor STILLPOINT_REPO is set",
+            to_do,
+        )
     })
 }
 
@@ -80,7 +84,8 @@ fn find(repository: &Repository, prefix: &str) -> Result<SnapshotId, Explanation
 
 fn read_manifest(repository: &Repository, prefix: &str) -> Result<(SnapshotId, Manifest), Explanation> {
     let id = find(repository, prefix)?;
-    let manifest = repository.manifest(&id).map_err(|e| of_repository(&format!("snapshot {id} cannot be read"), &e))?;
+    let manifest =
+        repository.manifest(&id).map_err(|e| of_repository(&format!("snapshot {id} cannot be read"), &e))?;
     Ok((id, manifest))
 }
 
@@ -88,7 +93,9 @@ fn read_manifest(repository: &Repository, prefix: &str) -> Result<(SnapshotId, M
 fn of_repository(problem: &str, error: &Error) -> Explanation {
     let exit = match error {
         Error::WrongSecret { .. } | Error::KeyFile { .. } | Error::EmptyPassphrase => Exit::WrongKey,
-        Error::NoSuchSnapshot { .. } | Error::AmbiguousSnapshot { .. } | Error::NotARepository { .. } => Exit::NotFound,
+        Error::NoSuchSnapshot { .. } | Error::AmbiguousSnapshot { .. } | Error::NotARepository { .. } => {
+            Exit::NotFound
+        }
         Error::Damaged { .. } | Error::Missing { .. } | Error::WrongBlock { .. } => Exit::Damaged,
         _ => Exit::Failed,
     };
@@ -102,10 +109,14 @@ fn of_register(problem: &str, error: &RegisterError) -> Explanation {
         RegisterError::Unknown(_) => {
             (Exit::NotFound, "list them with `stillpoint vm list`, or register it with `stillpoint vm add`")
         }
-        RegisterError::Exists(_) => (Exit::Failed, "remove it first with `stillpoint vm remove`, or choose another name"),
+        RegisterError::Exists(_) => {
+            (Exit::Failed, "remove it first with `stillpoint vm remove`, or choose another name")
+        }
         RegisterError::Busy(_) => (Exit::Busy, "wait until the other run has ended"),
         RegisterError::Damaged { .. } => (Exit::Failed, "remove the file and register the VM again"),
-        RegisterError::Io { .. } => (Exit::Failed, "check the folder's owner and space, or give another with --state"),
+        RegisterError::Io { .. } => {
+            (Exit::Failed, "check the folder's owner and space, or give another with --state")
+        }
     };
     Explanation::new(exit, problem, error.to_string(), to_do)
 }

@@ -76,15 +76,26 @@ impl Global {
     /// The state folder: as given, else `/var/lib/stillpoint` for root, else the user's own.
     pub(crate) fn state_folder(&self) -> Result<std::path::PathBuf, Explanation> {
         if let Some(folder) = &self.state {
-            return std::path::absolute(folder)
-                .map_err(|e| Explanation::new(Exit::Usage, "the state folder has no path", e.to_string(), "give --state"));
+            return std::path::absolute(folder).map_err(|e| {
+                Explanation::new(Exit::Usage, "the state folder has no path", e.to_string(), "give --state")
+            });
         }
         if rustix::process::geteuid().is_root() {
             return Ok("/var/lib/stillpoint".into());
         }
-        let from = |name: &str| std::env::var_os(name).map(std::path::PathBuf::from).filter(|path| path.is_absolute());
-        from("XDG_STATE_HOME").or_else(|| from("HOME").map(|home| home.join(".local/state"))).map(|f| f.join("stillpoint")).ok_or_else(
-            || Explanation::new(Exit::Usage, "there is no state folder", "neither XDG_STATE_HOME nor HOME is set", "give --state"),
-        )
+        let from = |name: &str| {
+            std::env::var_os(name).map(std::path::PathBuf::from).filter(|path| path.is_absolute())
+        };
+        from("XDG_STATE_HOME")
+            .or_else(|| from("HOME").map(|home| home.join(".local/state")))
+            .map(|f| f.join("stillpoint"))
+            .ok_or_else(|| {
+                Explanation::new(
+                    Exit::Usage,
+                    "there is no state folder",
+                    "neither XDG_STATE_HOME nor HOME is set",
+                    "give --state",
+                )
+            })
     }
 }

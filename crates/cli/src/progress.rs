@@ -46,6 +46,8 @@ fn steps() -> ProgressStyle {
 }
 
 fn bytes() -> ProgressStyle {
-    ProgressStyle::with_template("{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}, {eta} left")
-        .expect("a fixed template")
+    ProgressStyle::with_template(
+        "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}, {eta} left",
+    )
+    .expect("a fixed template")
 }

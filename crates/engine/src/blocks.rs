@@ -43,7 +43,8 @@ impl Assembler {
     ) -> Result<(), E> {
         let end = offset + length;
         let whole_start = offset.next_multiple_of(BLOCK_BYTES).min(end);
-        let whole_end = if end == self.size_bytes { end } else { (end / BLOCK_BYTES * BLOCK_BYTES).max(whole_start) };
+        let whole_end =
+            if end == self.size_bytes { end } else { (end / BLOCK_BYTES * BLOCK_BYTES).max(whole_start) };
         let part = |from: u64, to: u64| {
             let index = |at: u64| usize::try_from(at - offset).expect("a chunk is at most 32 MiB");
             chunk.map(|bytes| &bytes[index(from)..index(to)])

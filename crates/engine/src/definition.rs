@@ -21,7 +21,10 @@ pub(crate) struct Kept {
 
 /// Reads the definition and stores the files that it names. A file that cannot be read is a reason, not a failure:
 /// the disks are worth keeping without it.
-pub(crate) fn keep(monitor: &mut Monitor, writer: &mut Writer) -> Result<Kept, crate::snapshot::SnapshotError> {
+pub(crate) fn keep(
+    monitor: &mut Monitor,
+    writer: &mut Writer,
+) -> Result<Kept, crate::snapshot::SnapshotError> {
     let definition = machine::definition(monitor)?;
     let mut kept = Kept { parts: Vec::new(), json: serde_json::Value::Null, reasons: Vec::new() };
     for (role, name, file) in files(&definition) {

@@ -2,7 +2,9 @@
 
 use crate::register::VmEntry;
 use crate::watch::Cancel;
-use guest_protocol::stillpoint::{CheckArguments, CheckReport, FreezeArguments, GuestReport, ThawArguments, Want};
+use guest_protocol::stillpoint::{
+    CheckArguments, CheckReport, FreezeArguments, GuestReport, ThawArguments, Want,
+};
 use qmp::machine::QueryStatus;
 use snapshot::receipt::{self, Receipt, StockFilesystem, StockFreeze};
 use snapshot::{Level, Reason, Request};
@@ -41,7 +43,12 @@ pub(crate) struct Ended {
 
 impl Guest {
     /// Looks for an agent if the request needs one, and notes in the receipt who it is, or why there is none.
-    pub(crate) fn find(entry: &VmEntry, request: &Request, monitor: &mut Monitor, receipt: &mut Receipt) -> Self {
+    pub(crate) fn find(
+        entry: &VmEntry,
+        request: &Request,
+        monitor: &mut Monitor,
+        receipt: &mut Receipt,
+    ) -> Self {
         let none = Self { agent: None, stock: StockFreeze::default() };
         if !request.freezes() {
             if !request.no_data {
@@ -66,7 +73,14 @@ impl Guest {
     pub fn connect(entry: &VmEntry) -> (Self, Option<Reason>) {
         let nobody = |cause: String| {
             let none = Self { agent: None, stock: StockFreeze::default() };
-            (none, Some(Reason::new("no_agent", &entry.name, format!("{cause}: nothing can be flushed or frozen"))))
+            (
+                none,
+                Some(Reason::new(
+                    "no_agent",
+                    &entry.name,
+                    format!("{cause}: nothing can be flushed or frozen"),
+                )),
+            )
         };
         let Some(path) = &entry.agent else {
             return nobody("no agent channel is registered for this VM".to_owned());
@@ -168,7 +182,9 @@ impl Guest {
             match answer {
                 Ok(ended) => return ended,
                 // The agent is there and says no: it knows nothing of this run, so nothing of it is frozen.
-                Err(error @ (AgentError::Failed { .. } | AgentError::NotOffered { .. })) => return unanswered(&error),
+                Err(error @ (AgentError::Failed { .. } | AgentError::NotOffered { .. })) => {
+                    return unanswered(&error);
+                }
                 Err(error) if Instant::now() >= patience => return unanswered(&error),
                 Err(_) => std::thread::sleep(THAW_PAUSE),
             }

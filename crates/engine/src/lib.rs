@@ -12,6 +12,7 @@ mod parent;
 pub mod pieces;
 pub mod register;
 pub mod restore;
+pub mod serve;
 pub mod snapshot;
 pub mod survey;
 pub mod watch;

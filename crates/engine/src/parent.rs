@@ -29,12 +29,16 @@ pub(crate) struct Parent {
 
 impl Parent {
     /// Chooses among the VM's newest snapshots. Damaged ones are passed over: they can be no parent.
-    pub(crate) fn choose(repository: &Repository, vm: &str, wanted: &[Tracked]) -> Result<Option<Self>, Error> {
+    pub(crate) fn choose(
+        repository: &Repository,
+        vm: &str,
+        wanted: &[Tracked],
+    ) -> Result<Option<Self>, Error> {
         let all = repository.snapshots()?;
         let newest = all.iter().rev().filter(|(_, summary)| summary.vm == vm && summary.damage.is_none());
-        let read = newest.take(SNAPSHOTS_MAX).filter_map(|(id, _)| {
-            Some(Self { snapshot: *id, manifest: repository.manifest(id).ok()? })
-        });
+        let read = newest
+            .take(SNAPSHOTS_MAX)
+            .filter_map(|(id, _)| Some(Self { snapshot: *id, manifest: repository.manifest(id).ok()? }));
         let count = |keeps: &dyn Fn(&Tracked) -> bool| wanted.iter().filter(|disk| keeps(disk)).count();
         let worth = |parent: &Self| {
             (count(&|disk| parent.bitmap(disk).is_some()), count(&|disk| parent.part(&disk.disk).is_some()))

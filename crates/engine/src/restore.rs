@@ -1,18 +1,23 @@
-//! Writes a disk of a snapshot to a raw file or a block device: sparse, on several threads, complete or not at all.
+//! Writes a disk of a snapshot to an image or a block device: sparse, complete or not at all. Raw is written by
+//! several threads; qcow2 by `qemu-img`, which reads the disk from an NBD server of ours.
 //!
 //! A file is written under another name and renamed at the end, so a target is never half a disk. A block device
 //! has no such way: whoever reads it after a failed restore is told by the error.
 
+use crate::serve::SnapshotDisk;
 use crate::watch::{Cancel, Watch};
 use repository::DiskReader;
 use rustix::fs::FallocateFlags;
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use vm::nbd_server::{NbdServer, NbdServerError, ServerOptions};
 
 /// Bytes that a thread reads and writes at a time.
 const STEP_BYTES: u64 = 1 << 20;
@@ -49,6 +54,9 @@ pub enum RestoreError {
     /// The repository failed.
     #[error(transparent)]
     Repository(#[from] repository::Error),
+    /// The disk could not be served to `qemu-img`.
+    #[error(transparent)]
+    Serve(#[from] NbdServerError),
     /// `qemu-img` could not write the image.
     #[error("qemu-img could not write {}: {cause}", .path.display())]
     Convert {
@@ -74,15 +82,7 @@ pub fn to_raw(
     cancel: &Cancel,
 ) -> Result<(), RestoreError> {
     let io = |source| RestoreError::Target { path: path.to_owned(), source };
-    let there = match fs::metadata(path) {
-        Ok(metadata) => Some(metadata),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(io(error)),
-    };
-    if there.is_some() && !overwrite {
-        return Err(RestoreError::Exists(path.to_owned()));
-    }
-    if there.is_some_and(|there| there.file_type().is_block_device()) {
+    if is_block_device(path, overwrite)? {
         let mut device = OpenOptions::new().read(true).write(true).open(path).map_err(io)?;
         let have = io::Seek::seek(&mut device, io::SeekFrom::End(0)).map_err(io)?;
         let need = disk.size_bytes();
@@ -98,6 +98,76 @@ pub fn to_raw(
     partial.file.set_len(disk.size_bytes()).map_err(io)?;
     fill(disk, &partial.file, path, watch, cancel)?;
     partial.keep(path)
+}
+
+/// Writes `disk` to `path` as a qcow2 image, with `qemu-img`.
+///
+/// # Errors
+/// See [`RestoreError`]; a file at `path` is then as it was.
+pub fn to_qcow2(
+    disk: &DiskReader,
+    path: &Path,
+    overwrite: bool,
+    watch: &dyn Watch,
+    cancel: &Cancel,
+) -> Result<(), RestoreError> {
+    if is_block_device(path, overwrite)? {
+        return Err(RestoreError::RawOnly(path.to_owned()));
+    }
+    let folder = tempfile::Builder::new().prefix("stillpoint-restore-").tempdir();
+    let folder = folder.map_err(|source| RestoreError::Target { path: std::env::temp_dir(), source })?;
+    let source = Arc::new(SnapshotDisk::new(disk.clone()));
+    let total = source.data_bytes()?;
+    let socket = folder.path().join("nbd");
+    let exports = vec![("disk".to_owned(), Arc::clone(&source) as _)];
+    let _server = NbdServer::start(&socket, exports, ServerOptions::default())?;
+    let partial = Partial::beside(path)?;
+    // Every format is named; nothing is probed.
+    let mut convert = Command::new("qemu-img")
+        .args(["convert", "-f", "raw", "-O", "qcow2", "-W"])
+        .arg(format!("nbd+unix:///disk?socket={}", socket.display()))
+        .arg(&partial.path)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|e| RestoreError::Convert { path: path.to_owned(), cause: e.to_string() })?;
+    let ended = watch_child(&mut convert, || source.tell(watch, total), cancel);
+    match ended {
+        Ok(()) => partial.keep(path),
+        Err(_) if cancel.is_set() => Err(RestoreError::Interrupted),
+        Err(cause) => Err(RestoreError::Convert { path: path.to_owned(), cause }),
+    }
+}
+
+/// Waits for a child's end, ending it if someone wants that; an error is what it said.
+fn watch_child(child: &mut Child, tell: impl Fn(), cancel: &Cancel) -> Result<(), String> {
+    let failed = |e: io::Error| e.to_string();
+    loop {
+        if let Some(status) = child.try_wait().map_err(failed)? {
+            let mut said = String::new();
+            if let Some(pipe) = child.stderr.take() {
+                // What it said is only for the message; without it the status says enough.
+                pipe.take(4096).read_to_string(&mut said).unwrap_or_default();
+            }
+            return if status.success() { Ok(()) } else { Err(format!("{status}: {}", said.trim())) };
+        }
+        if cancel.is_set() {
+            child.kill().map_err(failed)?;
+        }
+        tell();
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Looks at the target: an error if something is there that may not be overwritten.
+fn is_block_device(path: &Path, overwrite: bool) -> Result<bool, RestoreError> {
+    match fs::metadata(path) {
+        Ok(_) if !overwrite => Err(RestoreError::Exists(path.to_owned())),
+        Ok(there) => Ok(there.file_type().is_block_device()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(RestoreError::Target { path: path.to_owned(), source }),
+    }
 }
 
 /// A file under another name, removed unless kept.
@@ -175,7 +245,8 @@ fn fill(
     };
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(work)).collect();
-        let results = threads.into_iter().map(|thread| thread.join().expect("a restore thread does not panic"));
+        let results =
+            threads.into_iter().map(|thread| thread.join().expect("a restore thread does not panic"));
         results.collect::<Vec<_>>().into_iter().collect()
     })
 }

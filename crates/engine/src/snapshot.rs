@@ -191,7 +191,9 @@ impl Facts {
     ) -> Result<Self, SnapshotError> {
         let drives = machine::drives(monitor)?;
         let known = || drives.disks.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>().join(", ");
-        if let Some(missing) = request.disks.iter().find(|name| !drives.disks.iter().any(|d| d.name == **name)) {
+        if let Some(missing) =
+            request.disks.iter().find(|name| !drives.disks.iter().any(|d| d.name == **name))
+        {
             return Err(SnapshotError::NoSuchDisk { disk: missing.clone(), known: known() });
         }
         let chosen = !request.disks.is_empty();
@@ -225,7 +227,12 @@ impl Facts {
         Ok(Self { disks: drives.disks, wanted, chosen, parent })
     }
 
-    fn plan(&self, register: &Register, repository: &Repository, run: &str) -> Result<Option<Plan>, PlanError> {
+    fn plan(
+        &self,
+        register: &Register,
+        repository: &Repository,
+        run: &str,
+    ) -> Result<Option<Plan>, PlanError> {
         if self.wanted.is_empty() {
             return Ok(None);
         }
@@ -327,8 +334,7 @@ impl Carrier<'_> {
 
     /// Does everything slow in QEMU, with the journal written first.
     fn prepare<'p>(&mut self, plan: &'p Plan) -> Result<Prepared<'p>, SnapshotError> {
-        let note =
-            Note { run: self.receipt.run.clone(), plan: plan.clone(), outcome: Outcome::Dropped };
+        let note = Note { run: self.receipt.run.clone(), plan: plan.clone(), outcome: Outcome::Dropped };
         self.journal.write(&note)?;
         self.owes.release = true;
         match point::prepare(&mut self.monitor, plan) {
@@ -573,4 +579,3 @@ fn disk_facts(disk: &Disk, bitmap: &str) -> BTreeMap<String, String> {
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
-

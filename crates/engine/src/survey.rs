@@ -30,6 +30,7 @@ pub fn survey(entry: &VmEntry) -> Result<Survey, MonitorError> {
     let running = monitor.run(&qmp::machine::QueryStatus {})?.running;
     let definition = machine::definition(&mut monitor)?;
     let drives = machine::drives(&mut monitor)?;
-    let agent = if running { Guest::who(entry) } else { "not asked: the virtual CPUs are stopped".to_owned() };
+    let agent =
+        if running { Guest::who(entry) } else { "not asked: the virtual CPUs are stopped".to_owned() };
     Ok(Survey { running, definition, drives, agent })
 }

@@ -27,7 +27,10 @@ pub(crate) fn run(global: &Global, name: &str) -> Result<Output, Explanation> {
         ),
     })?;
     let text = match &rehearsal.report {
-        None => format!("{name}: {}\nthe best level that can be reached is {}\n", rehearsal.agent, rehearsal.level),
+        None => format!(
+            "{name}: {}\nthe best level that can be reached is {}\n",
+            rehearsal.agent, rehearsal.level
+        ),
         Some(report) => page(name, &rehearsal, report),
     };
     let object = json!({
@@ -54,8 +57,14 @@ fn page(name: &str, rehearsal: &Rehearsal, report: &CheckReport) -> String {
             FilesystemState::Unreachable => "unreachable",
             _ => "",
         };
-        writeln!(text, "  {:<28} {:<7} {:<12} {state}", Plain(&f.mountpoint), Plain(&f.kind), Plain(&f.device))
-            .unwrap_or_default();
+        writeln!(
+            text,
+            "  {:<28} {:<7} {:<12} {state}",
+            Plain(&f.mountpoint),
+            Plain(&f.kind),
+            Plain(&f.device)
+        )
+        .unwrap_or_default();
     }
     if !report.applications.is_empty() {
         text.push_str("applications\n");

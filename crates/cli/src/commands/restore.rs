@@ -52,11 +52,19 @@ fn explain(disk: &str, error: &RestoreError) -> Explanation {
     let plain = |exit, to_do: &str| Explanation::new(exit, &problem, error.to_string(), to_do);
     match error {
         RestoreError::Repository(error) => of_repository(&problem, error),
-        RestoreError::Exists(_) => plain(Exit::Failed, "choose another path, or give --overwrite; nothing was changed"),
+        RestoreError::Exists(_) => {
+            plain(Exit::Failed, "choose another path, or give --overwrite; nothing was changed")
+        }
         RestoreError::TooSmall { .. } => plain(Exit::Failed, "choose a larger device; nothing was changed"),
         RestoreError::RawOnly(_) => plain(Exit::Usage, "give --format raw; nothing was changed"),
-        RestoreError::Target { .. } => plain(Exit::Failed, "make room or check the path; what was there as a file is unharmed"),
-        RestoreError::Convert { .. } => plain(Exit::Failed, "check that qemu-img is installed; or restore as raw"),
-        RestoreError::Interrupted => plain(Exit::Interrupted, "nothing, or restore again; no partial file was left"),
+        RestoreError::Target { .. } => {
+            plain(Exit::Failed, "make room or check the path; what was there as a file is unharmed")
+        }
+        RestoreError::Serve(_) | RestoreError::Convert { .. } => {
+            plain(Exit::Failed, "check that qemu-img is installed; or restore as raw")
+        }
+        RestoreError::Interrupted => {
+            plain(Exit::Interrupted, "nothing, or restore again; no partial file was left")
+        }
     }
 }

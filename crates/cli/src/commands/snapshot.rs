@@ -134,18 +134,26 @@ fn explain(request: &Request, error: &SnapshotError) -> Explanation {
         SnapshotError::Register(error) => of_register(&problem, error),
         SnapshotError::Repository(error) => of_repository(&problem, error),
         SnapshotError::Copy { source: CopyError::Store(error), .. } => of_repository(&problem, error),
-        SnapshotError::Monitor(_) => {
-            plain(Exit::Unreachable, &format!("check that the VM runs and that `stillpoint vm show {vm}` names its sockets"))
+        SnapshotError::Monitor(_) => plain(
+            Exit::Unreachable,
+            &format!("check that the VM runs and that `stillpoint vm show {vm}` names its sockets"),
+        ),
+        SnapshotError::Leftovers(_) => {
+            plain(Exit::Failed, "try again; if it persists, restart the VM: its disks are sound")
         }
-        SnapshotError::Leftovers(_) => plain(Exit::Failed, "try again; if it persists, restart the VM: its disks are sound"),
-        SnapshotError::NoSuchDisk { .. } | SnapshotError::NoDisk => {
-            plain(Exit::NotFound, &format!("see `stillpoint vm show {vm}` for its disks, and why others do not count"))
-        }
+        SnapshotError::NoSuchDisk { .. } | SnapshotError::NoDisk => plain(
+            Exit::NotFound,
+            &format!("see `stillpoint vm show {vm}` for its disks, and why others do not count"),
+        ),
         SnapshotError::Plan(_) => plain(Exit::Usage, "give another state folder with --state"),
-        SnapshotError::Point(_) => plain(Exit::Failed, "the guest was thawed and QEMU is as before; see the cause"),
+        SnapshotError::Point(_) => {
+            plain(Exit::Failed, "the guest was thawed and QEMU is as before; see the cause")
+        }
         SnapshotError::Freeze(_) => plain(
             Exit::BelowRequired,
-            &format!("see `stillpoint check {vm}`; or accept less with --require crash. The guest was thawed"),
+            &format!(
+                "see `stillpoint check {vm}`; or accept less with --require crash. The guest was thawed"
+            ),
         ),
         SnapshotError::BelowRequired { reached, required, reasons } => Explanation::new(
             Exit::BelowRequired,

@@ -36,7 +36,8 @@ pub(crate) fn run(global: &Global, id: Option<&str>) -> Result<Output, Explanati
         "snapshots": report.snapshots, "bytes": report.bytes, "damage_total": report.damage_total, "damage": damage,
     });
     if report.damage_total == 0 {
-        let text = format!("{} snapshots with {} of disks are sound\n", report.snapshots, Bytes(report.bytes));
+        let text =
+            format!("{} snapshots with {} of disks are sound\n", report.snapshots, Bytes(report.bytes));
         return Ok(Output::new(text, object));
     }
     let mut text = format!("damaged places: {}\n", report.damage_total);
@@ -44,7 +45,8 @@ pub(crate) fn run(global: &Global, id: Option<&str>) -> Result<Output, Explanati
         let part = damage.part.as_deref().unwrap_or("manifest");
         let place = damage.offset.map_or(String::new(), |offset| format!(" from byte {offset}"));
         // Writing to a String cannot fail.
-        writeln!(text, "  {} {}{place}: {}", damage.snapshot, Plain(part), Plain(&damage.cause)).unwrap_or_default();
+        writeln!(text, "  {} {}{place}: {}", damage.snapshot, Plain(part), Plain(&damage.cause))
+            .unwrap_or_default();
     }
     let mut hurt: Vec<String> = report.damage.iter().map(|damage| damage.snapshot.to_string()).collect();
     hurt.dedup();

@@ -26,7 +26,8 @@ pub(crate) fn run(global: &Global, command: &VmCommand) -> Result<Output, Explan
             let entries = register.list().map_err(|e| of_register("the VMs cannot be listed", &e))?;
             let mut text = String::new();
             for entry in &entries {
-                let agent = entry.agent.as_ref().map_or("no agent".to_owned(), |path| path.display().to_string());
+                let agent =
+                    entry.agent.as_ref().map_or("no agent".to_owned(), |path| path.display().to_string());
                 // Writing to a String cannot fail.
                 writeln!(text, "{:<16} {}   {agent}", entry.name, entry.qmp.display()).unwrap_or_default();
             }
@@ -36,7 +37,8 @@ pub(crate) fn run(global: &Global, command: &VmCommand) -> Result<Output, Explan
             Ok(Output::new(text, json!({ "vms": entries })))
         }
         VmCommand::Show { name } => {
-            let entry = register.get(name).map_err(|e| of_register(&format!("{name} cannot be shown"), &e))?;
+            let entry =
+                register.get(name).map_err(|e| of_register(&format!("{name} cannot be shown"), &e))?;
             let seen = survey(&entry).map_err(|e| {
                 let to_do = "check that the VM runs and that the socket is right";
                 Explanation::new(Exit::Unreachable, format!("{name} cannot be asked"), e.to_string(), to_do)
@@ -80,12 +82,14 @@ fn page(entry: &VmEntry, seen: &Survey) -> String {
     }
     for left in &seen.drives.left_out {
         let why = serde_json::to_value(left.why).ok().and_then(|why| why.as_str().map(str::to_owned));
-        writeln!(text, "  {:<18} {}", Plain(&left.name), why.unwrap_or_default().replace('_', " ")).unwrap_or_default();
+        writeln!(text, "  {:<18} {}", Plain(&left.name), why.unwrap_or_default().replace('_', " "))
+            .unwrap_or_default();
     }
     text
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, Explanation> {
-    std::path::absolute(path)
-        .map_err(|e| Explanation::new(Exit::Usage, "a socket has no path", e.to_string(), "give the socket's path"))
+    std::path::absolute(path).map_err(|e| {
+        Explanation::new(Exit::Usage, "a socket has no path", e.to_string(), "give the socket's path")
+    })
 }
