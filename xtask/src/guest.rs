@@ -27,20 +27,9 @@ impl fmt::Display for Parts {
     }
 }
 
-/// Builds what is missing or older than its source; image and programs at the same time, as one mostly waits for downloads.
+/// Builds what is missing or older than its source.
 pub(crate) fn parts() -> Result<Parts, String> {
-    let (image, programs) = std::thread::scope(|scope| {
-        let image = scope.spawn(image);
-        let programs = programs();
-        let image = image.join().unwrap_or_else(|_| Err("the image's builder panicked".to_owned()));
-        (image, programs)
-    });
-    let (image, programs) = (image?, programs?);
-    Ok(Parts { image, agent: programs.join("stillpoint-agent"), load: programs.join("load") })
-}
-
-/// Builds our agent and the load, static, and returns their folder.
-fn programs() -> Result<PathBuf, String> {
+    let image = image()?;
     let build = [
         "build",
         "--quiet",
@@ -58,7 +47,8 @@ fn programs() -> Result<PathBuf, String> {
         program("rustup", &["target", "add", TARGET]).run()?;
         cargo(&build).run()?;
     }
-    Ok(target_folder()?.join(TARGET).join("agent"))
+    let programs = target_folder()?.join(TARGET).join("agent");
+    Ok(Parts { image, agent: programs.join("stillpoint-agent"), load: programs.join("load") })
 }
 
 fn target_folder() -> Result<PathBuf, String> {

@@ -5,8 +5,10 @@ mod nbd_peers;
 
 use nbd::{BASE_ALLOCATION, HandshakeError, allocation, bitmap, dirty_bitmap_context};
 use nbd_peers::{PATIENCE, QemuNbd, raw_image, run};
+use std::io::{Read, Write};
 use std::iter::once;
 use std::ops::Range;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -277,11 +279,64 @@ fn a_server_that_hangs_is_given_up_after_the_timeout() {
     assert!(began.elapsed() < timeout + Duration::from_secs(5));
 }
 
+/// A server that opens a disk of 1 MiB as it should, and then answers the first request byte by byte.
+fn dripping_server(path: &Path) -> std::thread::JoinHandle<()> {
+    let listener = UnixListener::bind(path).unwrap();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let exports = [nbd::Export {
+            name: "disk".to_owned(),
+            size_bytes: MIB,
+            flags: nbd::transmission_flags::HAS_FLAGS,
+            contexts: Vec::new(),
+            preferred_bytes: 4096,
+        }];
+        let (mut out, mut received) = (Vec::new(), Vec::new());
+        let mut handshake = nbd::ServerHandshake::new(&mut out);
+        loop {
+            let decoded = handshake.decode(&received, &exports, &mut out).unwrap();
+            stream.write_all(&std::mem::take(&mut out)).unwrap();
+            match decoded {
+                nbd::Decoded::More(wanted) => {
+                    let before = received.len();
+                    received.resize(wanted, 0);
+                    stream.read_exact(&mut received[before..]).unwrap();
+                }
+                nbd::Decoded::Ready(_, nbd::ServerStep::Done(_)) => break,
+                nbd::Decoded::Ready(consumed, _) => drop(received.drain(..consumed)),
+            }
+        }
+        let reply = nbd::encode_data_header(1, 0, 512 << 10, true).unwrap();
+        let bytes = reply.into_iter().chain(std::iter::repeat(7)).take(2000);
+        for byte in bytes {
+            if stream.write_all(&[byte]).is_err() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    })
+}
+
+#[test]
+fn a_server_that_sends_byte_by_byte_is_given_up_after_the_timeout() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("drip.sock");
+    let server = dripping_server(&path);
+    let timeout = Duration::from_millis(600);
+    let mut client = NbdClient::connect(&path, "disk", &[], timeout).unwrap();
+    let began = Instant::now();
+    let read = client.read_pipelined::<NbdClientError>(once(0..MIB), ReadOptions::default(), |_, _| Ok(()));
+    assert!(matches!(read, Err(NbdClientError::TimedOut(_))), "{read:?}");
+    assert!(began.elapsed() < timeout + Duration::from_secs(5), "{:?}", began.elapsed());
+    drop(client);
+    server.join().unwrap();
+}
+
 #[test]
 fn a_socket_whose_backlog_is_full_is_given_up_after_the_timeout() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("full.sock");
-    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let _listener = UnixListener::bind(&path).unwrap();
     let timeout = Duration::from_millis(50);
     // The kernel's own limit on the backlog is 4096 by default; nobody accepts.
     let waiting: Vec<_> = (0..5000)

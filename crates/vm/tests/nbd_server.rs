@@ -268,32 +268,53 @@ impl<F: Fn(u64, &mut [u8]) -> io::Result<()> + Send + Sync> BlockSource for Stag
 
 #[test]
 fn a_slow_read_does_not_hold_up_the_ones_behind_it() {
-    let finished = Arc::new((Mutex::new(0), Condvar::new()));
-    let count = Arc::clone(&finished);
-    // The first MiB is not ready until three others have been read.
+    let arrived = Arc::new((Mutex::new(0), Condvar::new()));
+    let seen = Arc::clone(&arrived);
+    // The disk's beginning is not ready until the client has received three other chunks.
     let source = Staged(8 * MIB, move |offset, buf: &mut [u8]| {
-        let (reads, changed) = &*count;
         if offset == 0 {
-            let waited = changed.wait_timeout_while(reads.lock().unwrap(), PATIENCE, |reads| *reads < 3);
-            assert!(!waited.unwrap().1.timed_out(), "reads are answered one after the other");
-        } else {
-            *reads.lock().unwrap() += 1;
-            changed.notify_all();
+            let (chunks, changed) = &*seen;
+            let waited = changed.wait_timeout_while(chunks.lock().unwrap(), PATIENCE, |chunks| *chunks < 3);
+            assert!(!waited.unwrap().1.timed_out(), "requests are answered one after the other");
         }
         buf.fill(7);
         Ok(())
     });
     let served = Served::one(Arc::new(source), ServerOptions::default());
     let mut order = Vec::new();
-    served
-        .connect()
-        .read_pipelined::<NbdClientError>(std::iter::once(0..8 * MIB), ReadOptions::default(), |offset, _| {
-            order.push(offset / MIB);
+    let whole = std::iter::once(0..8 * MIB);
+    let note = |offset, _: Chunk<'_>| {
+        order.push(offset);
+        *arrived.0.lock().unwrap() += 1;
+        arrived.1.notify_all();
+        Ok(())
+    };
+    served.connect().read_pipelined::<NbdClientError>(whole, ReadOptions::default(), note).unwrap();
+    assert!(order.iter().position(|offset| *offset == 0).unwrap() >= 3, "{order:?}");
+    served.stop();
+}
+
+#[test]
+fn a_slow_disk_is_waited_for_request_by_request_and_a_caller_may_be_slow_too() {
+    let source = Staged(4 * MIB, |_, buf: &mut [u8]| {
+        std::thread::sleep(Duration::from_millis(250));
+        buf.fill(1);
+        Ok(())
+    });
+    let served = Served::one(Arc::new(source), ServerOptions::default());
+    let read = |timeout, pause: Duration| {
+        let mut client = NbdClient::connect(served.server.socket(), "disk", &[], timeout).unwrap();
+        let options = ReadOptions { in_flight: 1, ..ReadOptions::default() };
+        client.read_pipelined::<NbdClientError>(std::iter::once(0..4 * MIB), options, |_, _| {
+            std::thread::sleep(pause);
             Ok(())
         })
-        .unwrap();
-    let place = order.iter().position(|offset| *offset == 0).unwrap();
-    assert!(place >= 1 && order.len() == 8, "{order:?}");
+    };
+    // Eight requests of 250 ms each take longer than the timeout, but no single one does.
+    read(Duration::from_millis(1500), Duration::ZERO).unwrap();
+    read(Duration::from_millis(1500), Duration::from_millis(200)).unwrap();
+    let hasty = read(Duration::from_millis(100), Duration::ZERO);
+    assert!(matches!(hasty, Err(NbdClientError::TimedOut(_))), "{hasty:?}");
     served.stop();
 }
 
