@@ -1,6 +1,12 @@
 //! The program in the guest, as a library so that its tests can reach every room.
 
+pub mod agent;
+pub mod channel;
+pub mod commands;
 pub mod freeze;
 pub mod logging;
+pub mod options;
+pub mod poll;
 pub mod quiesce;
 pub mod run;
+pub mod signals;

@@ -1,0 +1,237 @@
+//! The loop: hears hosts, hands requests to the commands, sends answers. It never waits for anything but events.
+
+use crate::channel::{Link, Listener, State, open_port};
+use crate::commands::{Commands, EXEC_TOKEN, Reply, Settings};
+use crate::log;
+use crate::options::{Method, Options};
+use crate::poll::{Event, Poll};
+use crate::run;
+use crate::signals::Signals;
+use guest_protocol::Connection;
+use guest_protocol::connection::Dispatch;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Most clients of a unix socket; the one that did nothing for longest makes room for a new one.
+const CLIENTS_MAX: usize = 32;
+/// How long until a port is tried again (`-r`), as in qemu-ga.
+const RETRY: Duration = Duration::from_secs(5);
+
+const SIGNALS: u64 = u64::MAX >> 1;
+const RUNS: u64 = SIGNALS - 1;
+const JOBS: u64 = SIGNALS - 2;
+const LISTENER: u64 = SIGNALS - 3;
+
+/// The agent, serving.
+#[derive(Debug)]
+pub struct Agent {
+    poll: Rc<Poll>,
+    signals: Signals,
+    commands: Commands,
+    channel: Channel,
+    links: BTreeMap<u32, Link>,
+    /// Links that could do more at once.
+    busy: BTreeSet<u32>,
+    numbers: u32,
+    clock: u64,
+}
+
+#[derive(Debug)]
+enum Channel {
+    Port { path: Option<PathBuf>, retry: bool },
+    Unix(Listener),
+}
+
+impl Agent {
+    /// Takes up what a dead agent left, and opens the channel. Call it before any thread is started.
+    /// # Errors
+    /// A sentence about what could not be had.
+    pub fn start(options: Options) -> Result<Agent, String> {
+        let failed = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
+        let signals = Signals::new().map_err(failed("cannot divert signals"))?;
+        let poll = Rc::new(Poll::new().map_err(failed("cannot watch files"))?);
+        let settings = Settings {
+            reported_version: options.reported_version,
+            blocked: options.blocked,
+            allowed: options.allowed,
+            runs: run::Settings { statedir: options.statedir, ..run::Settings::default() },
+        };
+        let commands =
+            Commands::new(settings, poll.clone()).map_err(failed("cannot use the state folder"))?;
+        let watch = failed("cannot watch files");
+        poll.add(&signals, SIGNALS).map_err(watch)?;
+        poll.add(commands.runs_bell(), RUNS).map_err(watch)?;
+        poll.add(commands.jobs_bell(), JOBS).map_err(watch)?;
+        let channel = match (options.method, options.path) {
+            (Method::VirtioSerial, path) => Channel::Port { path, retry: options.retry_path },
+            (Method::UnixListen, path) => {
+                let path = path.ok_or("must specify a path for this channel")?;
+                let listener = Listener::bind(&path)
+                    .map_err(|error| format!("cannot listen at {}: {error}", path.display()))?;
+                poll.add(&listener, LISTENER).map_err(watch)?;
+                Channel::Unix(listener)
+            }
+        };
+        let mut agent = Agent {
+            poll,
+            signals,
+            commands,
+            channel,
+            links: BTreeMap::new(),
+            busy: BTreeSet::new(),
+            numbers: 0,
+            clock: 0,
+        };
+        match agent.open_port() {
+            Err(error) if !agent.retries() => Err(format!("failed to open the channel: {error}")),
+            _ => Ok(agent),
+        }
+    }
+
+    /// Serves until told to end or the channel is gone. Whatever is frozen then is thawed before this returns.
+    /// # Errors
+    /// When waiting for events is impossible.
+    pub fn serve(mut self) -> io::Result<()> {
+        let served = self.serve_until_end();
+        self.commands.thaw_now();
+        served
+    }
+
+    fn serve_until_end(&mut self) -> io::Result<()> {
+        loop {
+            let waits_for_port = matches!(self.channel, Channel::Port { .. }) && self.links.is_empty();
+            if waits_for_port && !self.retries() {
+                log!(Warning, "the channel is gone");
+                return Ok(());
+            }
+            let at_most = match self.busy.is_empty() {
+                false => Some(Duration::ZERO),
+                true if waits_for_port => Some(RETRY),
+                true => None,
+            };
+            let events = self.poll.wait(at_most)?;
+            if waits_for_port && events.is_empty() {
+                // Not there yet is what we wait for.
+                let _opened = self.open_port().is_ok();
+            }
+            for event in events {
+                match event.token {
+                    SIGNALS => {
+                        let asked = self.signals.take();
+                        if asked.reap {
+                            self.commands.reap();
+                        }
+                        if asked.end {
+                            log!(Info, "told to end");
+                            return Ok(());
+                        }
+                    }
+                    RUNS | JOBS => self.deliver(),
+                    LISTENER => self.take_up_clients(),
+                    token if token & EXEC_TOKEN != 0 => self.commands.pipe_event(token),
+                    token => self.hear(token, event),
+                }
+            }
+            for number in std::mem::take(&mut self.busy) {
+                self.work(number);
+            }
+        }
+    }
+
+    fn retries(&self) -> bool {
+        matches!(self.channel, Channel::Port { retry: true, .. })
+    }
+
+    fn open_port(&mut self) -> io::Result<()> {
+        let Channel::Port { path, .. } = &self.channel else { return Ok(()) };
+        let port = open_port(path.as_deref())?;
+        self.link(port, true)
+    }
+
+    fn take_up_clients(&mut self) {
+        while let Channel::Unix(listener) = &self.channel
+            && let Some(client) = listener.accept()
+        {
+            if self.links.len() >= CLIENTS_MAX
+                && let Some(idlest) =
+                    self.links.iter().min_by_key(|(_, link)| link.last_active).map(|(number, _)| *number)
+            {
+                log!(Warning, "too many clients: the idlest is dismissed");
+                self.close(idlest);
+            }
+            if let Err(error) = self.link(client, false) {
+                log!(Error, "cannot take up a client: {error}");
+            }
+        }
+    }
+
+    fn link(&mut self, fd: std::os::fd::OwnedFd, is_port: bool) -> io::Result<()> {
+        self.numbers = self.numbers.wrapping_add(1);
+        let mut link = Link::new(fd, self.numbers, is_port);
+        link.last_active = self.tick();
+        self.poll.add(&link, u64::from(self.numbers))?;
+        self.links.insert(self.numbers, link);
+        Ok(())
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    fn hear(&mut self, token: u64, event: Event) {
+        let now = self.tick();
+        let Ok(number) = u32::try_from(token) else { return };
+        if let Some(link) = self.links.get_mut(&number) {
+            link.last_active = now;
+            link.hear(event);
+            self.work(number);
+        }
+    }
+
+    fn work(&mut self, number: u32) {
+        let Some(link) = self.links.get_mut(&number) else { return };
+        let commands = &mut self.commands;
+        match link.work(|connection, dispatch| carry_out(commands, connection, dispatch)) {
+            State::Idle => {}
+            State::Busy => {
+                self.busy.insert(number);
+            }
+            State::Closed => self.close(number),
+        }
+    }
+
+    /// Answers that became ready go to whoever still waits for them.
+    fn deliver(&mut self) {
+        let finished = self.commands.finished();
+        self.commands.reap();
+        for (ticket, answer) in finished {
+            let number = Connection::number_of(ticket);
+            if let Some(link) = self.links.get_mut(&number) {
+                link.connection().answer(ticket, answer);
+                self.work(number);
+            }
+        }
+    }
+
+    fn close(&mut self, number: u32) {
+        let Some(mut link) = self.links.remove(&number) else { return };
+        self.busy.remove(&number);
+        // A thaw that the host had asked for is carried out, though nobody hears the answer.
+        let connection = link.connection();
+        connection.hang_up();
+        while let Some(dispatch) = connection.next_request(&mut &[][..]) {
+            carry_out(&mut self.commands, connection, dispatch);
+        }
+    }
+}
+
+fn carry_out(commands: &mut Commands, connection: &mut Connection, dispatch: Dispatch) {
+    let ticket = dispatch.ticket;
+    if let Reply::Now(answer) = commands.carry_out(dispatch) {
+        connection.answer(ticket, answer);
+    }
+}
