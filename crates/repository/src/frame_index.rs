@@ -4,7 +4,7 @@
 //! have the pack after this writer's lease was put: section 7 of the format document says why that is enough.
 
 use crate::Objects;
-use redb::{Builder, ConcurrencyMode, Database, Durability, ReadableDatabase, TableDefinition};
+use redb::{Builder, ConcurrencyMode, Database, ReadableDatabase, TableDefinition};
 use repository_format::{FrameAddress, IndexKey, PackName};
 use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -61,9 +61,8 @@ impl Dedup {
     pub(crate) fn remember(&self, windows: &[(WindowKey, FrameAddress)]) {
         let Some(database) = self.database.as_ref().filter(|_| !windows.is_empty()) else { return };
         let written = quietly(|| {
-            let mut transaction = database.begin_write().ok()?;
-            // What a power failure takes from a cache costs nothing.
-            transaction.set_durability(Durability::None).ok()?;
+            // Durable, because a database that several processes write knows nothing less: one fsync a pack.
+            let transaction = database.begin_write().ok()?;
             {
                 let mut table = transaction.open_table(TABLE).ok()?;
                 for (key, address) in windows {
@@ -74,19 +73,6 @@ impl Dedup {
         });
         // Not remembered: the next writer stores these windows once more.
         let (Some(()) | None) = written;
-    }
-
-    /// Makes what was remembered last beyond this process.
-    pub(crate) fn persist(&self) {
-        let persisted = self.database.as_ref().and_then(|database| {
-            quietly(|| {
-                let mut transaction = database.begin_write().ok()?;
-                transaction.set_durability(Durability::Immediate).ok()?;
-                transaction.commit().ok()
-            })
-        });
-        // As above.
-        let (Some(()) | None) = persisted;
     }
 
     fn pack_length(&self, objects: &dyn Objects, pack: PackName) -> Option<u64> {

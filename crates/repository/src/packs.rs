@@ -122,10 +122,6 @@ impl Packs {
         self.append(FrameKind::Nodes, &Compressor::default().compress(plaintext), None)
     }
 
-    pub(crate) fn persist_index(&self) {
-        self.dedup.persist();
-    }
-
     pub(crate) fn checksums(&self) -> &repository_format::Checksums {
         &self.frames.keys.checksums
     }

@@ -94,7 +94,6 @@ impl Writer {
                 }
             });
         }
-        self.packs.persist_index();
         Ok(snapshot)
     }
 

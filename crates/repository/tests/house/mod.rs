@@ -1,5 +1,6 @@
 //! Plumbing of the repository's tests: a repository in a temporary folder, disks as vectors, stores that misbehave.
 #![allow(dead_code, reason = "each test program uses its own part")]
+#![expect(clippy::unwrap_used, reason = "plumbing of tests")]
 
 use object_store::PutPayload;
 use repository::{
