@@ -88,8 +88,14 @@ impl Root {
     }
 
     /// The superblocks of everything directly in a folder, of the folder itself, and of what its symbolic links
-    /// lead to. `path` is the folder as the process sees it. A place that cannot be told is `UNKNOWN_DEVICE`.
-    pub(super) fn superblocks_below(&self, path: &Path, entries_max: usize) -> BTreeSet<String> {
+    /// lead to; but not of the entries named in `except`. `path` is the folder as the process sees it. A place that
+    /// cannot be told is `UNKNOWN_DEVICE`.
+    pub(super) fn superblocks_below(
+        &self,
+        path: &Path,
+        except: &[&str],
+        entries_max: usize,
+    ) -> BTreeSet<String> {
         let mut numbers = BTreeSet::new();
         let unknown = || UNKNOWN_DEVICE.to_owned();
         let told = |path: &Path| self.open(path).and_then(|place| self.superblock_of(place));
@@ -97,6 +103,7 @@ impl Root {
         let entries = self.list(path, entries_max).unwrap_or_else(|_| vec![None]);
         for name in entries {
             match name {
+                Some(name) if except.iter().any(|not| not.as_bytes() == name) => {}
                 Some(name) => match told(&path.join(OsStr::from_bytes(&name))) {
                     Ok(number) => drop(numbers.insert(number)),
                     // It may have been removed since it was listed: files come and go in a living folder.
@@ -225,10 +232,10 @@ mod tests {
     fn a_link_that_leads_nowhere_is_an_unknown_superblock() {
         let folder = tempfile::tempdir().unwrap();
         let root = own_root();
-        let known = root.superblocks_below(folder.path(), 16);
+        let known = root.superblocks_below(folder.path(), &[], 16);
         assert!(!known.contains(UNKNOWN_DEVICE) && known.len() == 1, "{known:?}");
         std::os::unix::fs::symlink("/nonexistent/place", folder.path().join("pg_wal")).unwrap();
-        assert!(root.superblocks_below(folder.path(), 16).contains(UNKNOWN_DEVICE));
+        assert!(root.superblocks_below(folder.path(), &[], 16).contains(UNKNOWN_DEVICE));
     }
 
     #[test]

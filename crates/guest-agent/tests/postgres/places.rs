@@ -61,3 +61,17 @@ fn a_server_in_its_own_mount_namespace_is_reached_through_its_root() {
     applications.resume(within(10));
     assert_eq!(applications.required_failure(), None, "{:#?}", applications.reports());
 }
+
+#[test]
+fn scratch_that_lies_in_memory_is_no_place_of_the_application() {
+    let Some(version) = Version::debian() else { return };
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let server = Server::prepared(version, "");
+    let scratch = server.data().join("pg_stat_tmp");
+    std::fs::remove_dir(&scratch).unwrap();
+    std::os::unix::fs::symlink(memory.path(), &scratch).unwrap();
+    assert!(Command::new("chown").arg("postgres:").arg(memory.path()).status().unwrap().success());
+    server.up();
+    let report = report(&find(&[&server], Policy::Preferred), &server);
+    assert_eq!(report.device_numbers, [device_number(&server.data())]);
+}

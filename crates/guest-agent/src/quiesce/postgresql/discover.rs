@@ -14,6 +14,9 @@ use std::time::Instant;
 
 /// Names of the server's program.
 const PROGRAMS: [&str; 2] = ["postgres", "postmaster"];
+/// What is empty or worthless at a server's start, and so may well lie in memory.
+/// Source: PostgreSQL's documentation, "Making a Base Backup Using the Low Level API".
+const SCRATCH: [&str; 2] = ["pg_stat_tmp", "pg_dynshmem"];
 /// A data directory has some 30 entries and may have as many tablespaces as its owner likes.
 const ENTRIES_MAX: usize = 1024;
 /// Longest `postmaster.pid`, `PG_VERSION` and `uid_map`; the first is 8 short lines.
@@ -140,8 +143,8 @@ impl Server {
     /// Superblocks of the data directory, of what is mounted in it, and of what its links lead to: `pg_wal` and
     /// every tablespace.
     fn device_numbers(&self) -> BTreeSet<String> {
-        let mut numbers = self.root.superblocks_below(&self.data_path, ENTRIES_MAX);
-        numbers.extend(self.root.superblocks_below(&self.data_path.join("pg_tblspc"), ENTRIES_MAX));
+        let mut numbers = self.root.superblocks_below(&self.data_path, &SCRATCH, ENTRIES_MAX);
+        numbers.extend(self.root.superblocks_below(&self.data_path.join("pg_tblspc"), &[], ENTRIES_MAX));
         // The open directory itself, in case its path led elsewhere.
         numbers.insert(self.root.superblock_of(&self.data).unwrap_or_else(|_| UNKNOWN_DEVICE.to_owned()));
         numbers
