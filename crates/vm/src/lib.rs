@@ -1,5 +1,6 @@
 //! Shells towards a virtual machine: monitor, agent, NBD, twin.
 
+pub mod accelerator;
 pub mod agent;
 pub mod disks;
 pub mod machine;
@@ -8,4 +9,5 @@ pub mod nbd_client;
 mod nbd_received;
 pub mod nbd_server;
 pub mod point;
+pub mod twin;
 pub mod unix;
