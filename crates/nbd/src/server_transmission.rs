@@ -40,8 +40,8 @@ pub enum Command {
         offset: u64,
         /// How much, in bytes; at least 1, inside the disk.
         length: u32,
-        /// Exactly one extent, not longer than asked. QEMU always wants this, and gives up on a server that
-        /// sends more.
+        /// Exactly one extent, not longer than asked. QEMU always wants this; 7.2 forgives a server that sends
+        /// more extents, the protocol does not.
         one: bool,
     },
     /// Nothing to do on a read-only disk; answer success.

@@ -3,7 +3,7 @@
 
 mod nbd_peers;
 
-use nbd::{BASE_ALLOCATION, Body, ClientTransmission, Decoded, ErrorCode, Session};
+use nbd::{BASE_ALLOCATION, Body, ClientHandshake, ClientTransmission, Decoded, ErrorCode, Session};
 use nbd_peers::{PATIENCE, raw_image, run, run_anyhow, uri};
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -175,6 +175,42 @@ fn our_own_client_reads_what_our_server_serves() {
     let image = raw_image(folder.path(), 48 * MIB);
     let served = Served::one(RawFile::open(&image), ServerOptions::default());
     assert!(read_all(&mut served.connect()).unwrap() == std::fs::read(&image).unwrap());
+    served.stop();
+}
+
+/// QEMU's tools forgive a second extent, but the protocol does not allow it.
+#[test]
+fn a_client_that_asks_for_one_extent_gets_one_and_others_get_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let served = Served::one(RawFile::open(&raw_image(folder.path(), 8 * MIB)), ServerOptions::default());
+    let mut stream = UnixStream::connect(served.server.socket()).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut handshake = ClientHandshake::open("disk", &[BASE_ALLOCATION]).unwrap();
+    let (mut received, mut out) = (Vec::new(), Vec::new());
+    loop {
+        let decoded = handshake.decode(&received, &mut out).unwrap();
+        stream.write_all(&std::mem::take(&mut out)).unwrap();
+        match decoded {
+            Decoded::More(wanted) => {
+                let before = received.len();
+                received.resize(wanted, 0);
+                stream.read_exact(&mut received[before..]).unwrap();
+            }
+            Decoded::Ready(_, Some(_)) => break,
+            Decoded::Ready(consumed, None) => drop(received.drain(..consumed)),
+        }
+    }
+    let mut payload_bytes = |flags: u8| {
+        let request = [&[0x25, 0x60, 0x95, 0x13, 0, flags, 0, 7][..], &[9; 8], &[0; 8], &[0, 0x80, 0, 0]];
+        stream.write_all(&request.concat()).unwrap();
+        let mut head = [0; 20];
+        stream.read_exact(&mut head).unwrap();
+        let length = u32::from_be_bytes(head[16..].try_into().unwrap());
+        stream.read_exact(&mut vec![0; length as usize]).unwrap();
+        length
+    };
+    assert_eq!(payload_bytes(1 << 3), 4 + 8);
+    assert!(payload_bytes(0) > 4 + 10 * 8);
     served.stop();
 }
 
