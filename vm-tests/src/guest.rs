@@ -2,13 +2,12 @@
 
 use crate::accelerator::{Accelerator, accelerator};
 use crate::acks::Acks;
-use crate::agent_client::{AgentClient, Output};
+use crate::harness::{self, Harness, Output};
 use crate::image::Image;
 use crate::qemu::{Disk, Machine, Qemu};
-use serde_json::{Value, json};
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Which agent answers on the guest's agent port.
@@ -155,8 +154,8 @@ impl GuestBuilder {
             self.lifetime,
         )?;
         let acks = Acks::collect(qemu.connect("acks")?);
-        let harness = AgentClient::connect(&qemu.socket("harness"))?;
-        Ok(Guest { qemu, disks, acks, harness: Mutex::new(harness), started, accelerator, folder })
+        let harness = Harness::new(qemu.socket("harness"));
+        Ok(Guest { qemu, disks, acks, harness, started, accelerator, folder })
     }
 }
 
@@ -181,7 +180,7 @@ pub struct Guest {
     qemu: Qemu,
     disks: Vec<Disk>,
     acks: Acks,
-    harness: Mutex<AgentClient>,
+    harness: Harness,
     started: Instant,
     accelerator: Accelerator,
     folder: tempfile::TempDir,
@@ -251,7 +250,7 @@ impl Guest {
     /// # Panics
     /// If it does not within `limit` (times six under emulation); shows the end of the serial console.
     pub fn booted(&self, limit: Duration) -> Duration {
-        let ready = self.harness().ready(limit * self.accelerator.patience());
+        let ready = self.harness.ready(limit * self.accelerator.patience());
         self.or_serial("the guest does not boot", ready);
         self.started.elapsed()
     }
@@ -261,8 +260,7 @@ impl Guest {
     /// # Panics
     /// If it does not within `limit` (times six under emulation); shows the end of the serial console.
     pub fn agent_ready(&self, limit: Duration) -> Duration {
-        let ready = AgentClient::connect(&self.agent_socket())
-            .and_then(|mut agent| agent.ready(limit * self.accelerator.patience()));
+        let ready = harness::answers(&self.agent_socket(), limit * self.accelerator.patience());
         self.or_serial("the agent does not answer", ready);
         self.started.elapsed()
     }
@@ -290,7 +288,7 @@ impl Guest {
     /// # Panics
     /// If the guest does not answer; shows the end of the serial console.
     pub fn exec(&self, command: &str) -> Output {
-        let output = self.harness().shell(command, Duration::from_secs(120));
+        let output = self.harness.shell(command, Duration::from_secs(120));
         self.or_serial(command, output)
     }
 
@@ -331,20 +329,22 @@ impl Guest {
     /// # Panics
     /// If the guest does not answer.
     pub fn start(&self, command: &str) {
-        let started = self.harness().start(command, false);
+        let started = self.harness.start(command);
         self.or_serial(command, started);
     }
 
-    /// Asks the guest to power off, and waits for QEMU's end.
+    /// Asks the guest to power off, waits for QEMU's end, and returns the time that took.
     ///
     /// # Panics
     /// If it has not ended within `limit` (times six under emulation).
-    pub fn power_off(self, limit: Duration) {
-        let asked = self.harness().send(&json!({ "execute": "guest-shutdown" }));
-        self.or_serial("guest-shutdown", asked);
-        if !self.qemu.wait(limit * self.accelerator.patience()) {
+    pub fn power_off(self, limit: Duration) -> Duration {
+        let asked = Instant::now();
+        let limit = limit * self.accelerator.patience();
+        self.or_serial("guest-shutdown", self.harness.power_off(limit));
+        if !self.qemu.wait(limit) {
             panic!("the guest does not power off\n{}", self.serial_tail());
         }
+        asked.elapsed()
     }
 
     /// Pulls the plug: QEMU is killed. Returns the disks, which the folder beside them keeps alive.
@@ -361,23 +361,8 @@ impl Guest {
         self.qemu.serial_tail()
     }
 
-    /// The connection to the harness's agent; a test that panicked meanwhile does not keep the others from it.
-    fn harness(&self) -> MutexGuard<'_, AgentClient> {
-        self.harness.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn or_serial<T>(&self, what: &str, result: io::Result<T>) -> T {
+    fn or_serial<T, E: fmt::Display>(&self, what: &str, result: Result<T, E>) -> T {
         result.unwrap_or_else(|error| panic!("{what}: {error}\n{}", self.serial_tail()))
-    }
-
-    /// Calls the agent under test once.
-    ///
-    /// # Errors
-    /// As [`AgentClient::call`].
-    pub fn agent_call(&self, command: &str, arguments: Value, limit: Duration) -> io::Result<Value> {
-        let mut agent = AgentClient::connect(&self.agent_socket())?;
-        agent.ready(limit)?;
-        agent.call(command, arguments, limit)
     }
 }
 

@@ -19,8 +19,8 @@
 
 mod accelerator;
 mod acks;
-mod agent_client;
 mod guest;
+mod harness;
 mod image;
 mod overlay;
 mod process;
@@ -28,7 +28,7 @@ mod qemu;
 
 pub use accelerator::{Accelerator, accelerator};
 pub use acks::{Ack, Acks};
-pub use agent_client::{AgentClient, Output};
 pub use guest::{Agent, DATA_RECORDS, DiskFormat, Guest, GuestBuilder, ROOT_RECORDS, psql};
+pub use harness::{Output, shell};
 pub use image::Image;
 pub use qemu::{Disk, Machine};

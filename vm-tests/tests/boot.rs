@@ -1,6 +1,5 @@
 //! The guest itself: boots, works, acknowledges, survives a pulled plug.
 
-use serde_json::json;
 use std::time::Duration;
 use vm_tests::{Agent, DATA_RECORDS, DiskFormat, Guest, Machine, ROOT_RECORDS};
 
@@ -13,9 +12,9 @@ fn a_guest_with_the_stock_agent_takes_commits_and_comes_back_after_a_pulled_plug
     let agent = guest.agent_ready(LIMIT);
     let postgresql = guest.postgresql_ready(LIMIT);
     println!("harness after {harness:.1?}, agent after {agent:.1?}, PostgreSQL after {postgresql:.1?}");
-    guest
-        .agent_call("guest-ping", json!({}), LIMIT)
-        .expect("the agent under test answers beside the harness");
+    let mut agent =
+        vm::agent::Agent::connect(&guest.agent_socket(), LIMIT).expect("it answers beside the harness");
+    assert_eq!((agent.kind(), agent.ping().is_ok()), (vm::agent::Kind::Stock, true));
     let mounts = guest.exec("cat /proc/mounts").success();
     assert!(mounts.contains(" / ext4 ") && mounts.contains(" /var/lib/postgresql xfs "), "{mounts}");
 
@@ -41,7 +40,7 @@ fn a_guest_with_the_stock_agent_takes_commits_and_comes_back_after_a_pulled_plug
         let kept = guest.exec(&format!("/run/stillpoint/load --count {file}"));
         println!("{file}: {} {}", kept.out.trim(), kept.err.trim());
     }
-    guest.power_off(LIMIT);
+    println!("powered off in {:.1?}", guest.power_off(LIMIT));
 }
 
 #[test]
@@ -54,5 +53,5 @@ fn a_guest_on_raw_disks_of_the_old_machine_powers_off_when_its_agent_is_asked() 
         .start()
         .expect("QEMU starts");
     println!("agent after {:.1?}", guest.agent_ready(LIMIT));
-    guest.power_off(LIMIT);
+    println!("powered off in {:.1?}", guest.power_off(LIMIT));
 }

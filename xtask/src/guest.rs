@@ -27,9 +27,20 @@ impl fmt::Display for Parts {
     }
 }
 
-/// Builds what is missing or older than its source.
+/// Builds what is missing or older than its source; image and programs at the same time, as one mostly waits for downloads.
 pub(crate) fn parts() -> Result<Parts, String> {
-    let image = image()?;
+    let (image, programs) = std::thread::scope(|scope| {
+        let image = scope.spawn(image);
+        let programs = programs();
+        let image = image.join().unwrap_or_else(|_| Err("the image's builder panicked".to_owned()));
+        (image, programs)
+    });
+    let (image, programs) = (image?, programs?);
+    Ok(Parts { image, agent: programs.join("stillpoint-agent"), load: programs.join("load") })
+}
+
+/// Builds our agent and the load, static, and returns their folder.
+fn programs() -> Result<PathBuf, String> {
     let build = [
         "build",
         "--quiet",
@@ -47,8 +58,7 @@ pub(crate) fn parts() -> Result<Parts, String> {
         program("rustup", &["target", "add", TARGET]).run()?;
         cargo(&build).run()?;
     }
-    let programs = target_folder()?.join(TARGET).join("agent");
-    Ok(Parts { image, agent: programs.join("stillpoint-agent"), load: programs.join("load") })
+    Ok(target_folder()?.join(TARGET).join("agent"))
 }
 
 fn target_folder() -> Result<PathBuf, String> {

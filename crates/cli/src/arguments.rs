@@ -23,7 +23,13 @@ pub(crate) struct Global {
     #[arg(long, global = true, value_name = "FILE", env = "STILLPOINT_PASSPHRASE_FILE")]
     pub(crate) passphrase_file: Option<PathBuf>,
     /// File with an age identity that opens the repository
-    #[arg(long, global = true, value_name = "FILE", env = "STILLPOINT_KEY_FILE", conflicts_with = "passphrase_file")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "STILLPOINT_KEY_FILE",
+        conflicts_with = "passphrase_file"
+    )]
     pub(crate) key_file: Option<PathBuf>,
     /// Folder for this host's register, journals and scratch [default: /var/lib/stillpoint, or ~/.local/state/stillpoint]
     #[arg(long, global = true, value_name = "FOLDER", env = "STILLPOINT_STATE")]

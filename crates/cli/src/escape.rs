@@ -9,7 +9,9 @@ pub(crate) struct Plain<T>(pub(crate) T);
 impl<T: Display> Display for Plain<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let text: String = self.0.to_string().chars().fold(String::new(), |mut out, c| {
-            if c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') {
+            if c.is_control()
+                || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+            {
                 // Writing to a String cannot fail.
                 write!(out, "\\u{{{:x}}}", u32::from(c)).unwrap_or_default();
             } else {

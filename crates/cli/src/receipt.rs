@@ -33,7 +33,11 @@ impl Display for Page<'_> {
             (None, Agent::QemuGa { version }) => {
                 line(f, "guest", format_args!("qemu-ga {}", Plain(version)))?;
                 if let Some(stock) = &receipt.stock {
-                    line(f, "", format_args!("{} file systems frozen, {} thawed", stock.frozen, stock.thawed))?;
+                    line(
+                        f,
+                        "",
+                        format_args!("{} file systems frozen, {} thawed", stock.frozen, stock.thawed),
+                    )?;
                 }
             }
             (None, Agent::Stillpoint { version }) => {
@@ -49,7 +53,11 @@ impl Display for Page<'_> {
         reasons(f, &self.verdict.reasons)?;
         let t = receipt.phases_ms;
         let times = [
-            ("prepare", t.prepare), ("freeze", t.freeze), ("point", t.point), ("thaw", t.thaw), ("copy", t.copy),
+            ("prepare", t.prepare),
+            ("freeze", t.freeze),
+            ("point", t.point),
+            ("thaw", t.thaw),
+            ("copy", t.copy),
             ("seal", t.seal),
         ];
         let times: Vec<String> = times.iter().map(|(name, ms)| format!("{name} {}", Millis(*ms))).collect();

@@ -14,11 +14,16 @@ const CREDENTIAL: &str = "stillpoint-passphrase";
 
 /// Takes the secret from, in this order: the key file, the passphrase file, the service manager, the terminal.
 /// `twice`: a new passphrase is asked for a second time.
-pub(crate) fn find(key: Option<&Path>, passphrase: Option<&Path>, twice: bool) -> Result<Secret, Explanation> {
+pub(crate) fn find(
+    key: Option<&Path>,
+    passphrase: Option<&Path>,
+    twice: bool,
+) -> Result<Secret, Explanation> {
     if let Some(key) = key {
         return Ok(Secret::KeyFile(key.to_owned()));
     }
-    let credential = std::env::var_os("CREDENTIALS_DIRECTORY").map(|folder| PathBuf::from(folder).join(CREDENTIAL));
+    let credential =
+        std::env::var_os("CREDENTIALS_DIRECTORY").map(|folder| PathBuf::from(folder).join(CREDENTIAL));
     if let Some(file) = passphrase.map(Path::to_owned).or_else(|| credential.filter(|file| file.exists())) {
         return read(&file).map(Secret::Passphrase);
     }
@@ -32,7 +37,12 @@ pub(crate) fn find(key: Option<&Path>, passphrase: Option<&Path>, twice: bool) -
     }
     let first = ask("Passphrase of the repository: ")?;
     if twice && *first != *ask("The same again: ")? {
-        return Err(Explanation::new(Exit::Usage, "no repository was made", "the two passphrases differ", "try again"));
+        return Err(Explanation::new(
+            Exit::Usage,
+            "no repository was made",
+            "the two passphrases differ",
+            "try again",
+        ));
     }
     Ok(Secret::Passphrase(first))
 }

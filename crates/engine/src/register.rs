@@ -29,7 +29,9 @@ pub struct VmEntry {
 #[derive(Debug, thiserror::Error)]
 pub enum RegisterError {
     /// A name that cannot be one.
-    #[error("'{0}' cannot be a VM's name: use 1 to 64 letters, digits, '-', '_' or '.', beginning with a letter or digit")]
+    #[error(
+        "'{0}' cannot be a VM's name: use 1 to 64 letters, digits, '-', '_' or '.', beginning with a letter or digit"
+    )]
     BadName(String),
     /// Not registered.
     #[error("no VM named '{0}' is registered")]
@@ -112,7 +114,9 @@ impl Register {
     pub fn get(&self, name: &str) -> Result<VmEntry, RegisterError> {
         let path = self.path(name)?;
         let text = match fs::read(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(RegisterError::Unknown(name.to_owned())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(RegisterError::Unknown(name.to_owned()));
+            }
             other => other.map_err(|source| RegisterError::Io { path: path.clone(), source })?,
         };
         serde_json::from_slice(&text).map_err(|e| damaged(&path, &e))
@@ -152,8 +156,13 @@ impl Register {
     pub fn lock(&self, name: &str) -> Result<VmLock, RegisterError> {
         let path = self.path(name)?.with_extension("lock");
         let io = |source| RegisterError::Io { path: path.clone(), source };
-        let file =
-            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(io)?;
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(VmLock { _file: file }),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(RegisterError::Busy(name.to_owned())),

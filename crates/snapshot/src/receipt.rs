@@ -125,6 +125,8 @@ pub struct Order {
     pub point_before_thaw: bool,
     /// The guest answered the thaw, for the same run.
     pub thaw_answered: bool,
+    /// Host's wall clock when freeze was sent, milliseconds since 1970; for people and tests, proves nothing.
+    pub freeze_sent_ms: Option<u64>,
 }
 
 impl Order {

@@ -18,12 +18,16 @@ use serde_json::Value;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a call may take that waits for nothing in the guest.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// A synchronization is sent again after this time: bytes sent while nobody in the guest has the port open are lost.
 const SYNC_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long a raised cancel flag may stay unseen.
+const CANCEL_LATENCY: Duration = Duration::from_millis(100);
 
 /// Which agent answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +78,12 @@ pub enum AgentError {
         command: String,
         /// What is wrong with it.
         reason: String,
+    },
+    /// Someone wanted the wait to end. What the guest does about the call is not known.
+    #[error("the wait for the agent's answer to {command} was interrupted")]
+    Interrupted {
+        /// The command.
+        command: String,
     },
     /// The channel broke. The next call connects anew.
     #[error("the agent channel broke: {0}")]
@@ -141,7 +151,18 @@ impl Agent {
         arguments: Option<Value>,
         limit: Duration,
     ) -> Result<T, AgentError> {
-        let answer = self.call_raw(command, arguments, limit)?;
+        let answer = self.call_raw(command, arguments, limit, None)?;
+        understand(command, answer)
+    }
+
+    /// Calls a command whose answer may take long; `cancel` ends the wait.
+    fn call_unless<T: DeserializeOwned>(
+        &mut self,
+        command: &str,
+        limit: Duration,
+        cancel: &AtomicBool,
+    ) -> Result<T, AgentError> {
+        let answer = self.call_raw(command, None, limit, Some(cancel))?;
         understand(command, answer)
     }
 
@@ -151,10 +172,11 @@ impl Agent {
         command: &str,
         arguments: &A,
         limit: Duration,
+        cancel: Option<&AtomicBool>,
     ) -> Result<T, AgentError> {
         let failed = |reason: String| AgentError::Answer { command: command.to_owned(), reason };
         let arguments = serde_json::to_value(arguments).map_err(|error| failed(error.to_string()))?;
-        let mut answer = self.call_raw(command, Some(arguments), limit)?;
+        let mut answer = self.call_raw(command, Some(arguments), limit, cancel)?;
         calls::bound(&mut answer).map_err(|reason| failed(reason.to_owned()))?;
         understand(command, answer)
     }
@@ -164,12 +186,14 @@ impl Agent {
         command: &str,
         arguments: Option<Value>,
         limit: Duration,
+        cancel: Option<&AtomicBool>,
     ) -> Result<Value, AgentError> {
         let deadline = Instant::now() + limit;
         if self.stream.is_none() || !self.client.is_synchronized() {
             self.synchronize(deadline)?;
         }
-        let outcome = self.exchange(command, arguments, deadline);
+        let outcome = self.exchange(command, arguments, deadline, cancel);
+        let cancelled = cancel.is_some_and(|cancel| cancel.load(Ordering::SeqCst));
         let failed = |desc| AgentError::Failed { command: command.to_owned(), desc };
         match outcome {
             Ok(Some(Ok(answer))) => Ok(answer),
@@ -185,7 +209,12 @@ impl Agent {
                 if self.send(&resync, Instant::now() + CALL_TIMEOUT).is_err() {
                     self.stream = None;
                 }
-                Err(AgentError::Timeout { command: command.to_owned(), limit })
+                let command = command.to_owned();
+                Err(if cancelled {
+                    AgentError::Interrupted { command }
+                } else {
+                    AgentError::Timeout { command, limit }
+                })
             }
             Err(error) => {
                 self.stream = None;
@@ -199,11 +228,17 @@ impl Agent {
         command: &str,
         arguments: Option<Value>,
         deadline: Instant,
+        cancel: Option<&AtomicBool>,
     ) -> Result<Option<Result<Value, guest_protocol::Error>>, AgentError> {
         let (request, bytes) = self.client.request(command, arguments);
         self.send(&bytes, deadline)?;
         loop {
-            let Some(events) = self.receive(deadline)? else { return Ok(None) };
+            let until = if cancel.is_some() { deadline.min(Instant::now() + CANCEL_LATENCY) } else { deadline };
+            let events = match self.receive(until)? {
+                Some(events) => events,
+                None if until < deadline && cancel.is_some_and(|cancel| !cancel.load(Ordering::SeqCst)) => continue,
+                None => return Ok(None),
+            };
             for event in events {
                 if let Event::Answer { request: answered, result } = event
                     && answered == request

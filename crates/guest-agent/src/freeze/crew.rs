@@ -20,18 +20,18 @@ const RETRY: Duration = Duration::from_millis(50);
 
 #[derive(Clone, Copy, Debug)]
 enum Order {
-    Flush,
-    Freeze,
+    Flush { turn: u64 },
+    Freeze { turn: u64 },
     Thaw { whoever_claimed: bool },
 }
 
 /// What a thread has done.
 #[derive(Clone, Copy, Debug)]
-pub struct Done {
-    /// Which superblock.
-    pub at: usize,
-    /// How long it took.
-    pub took: Duration,
+struct Done {
+    at: usize,
+    /// Of which order: a flush that was given up answers late, and must not pass for a later one.
+    turn: u64,
+    took: Duration,
 }
 
 /// All the threads.
@@ -39,6 +39,7 @@ pub struct Done {
 pub struct Crew {
     orders: Vec<SyncSender<Order>>,
     done: Receiver<Done>,
+    turn: u64,
 }
 
 impl Crew {
@@ -59,27 +60,40 @@ impl Crew {
                 .spawn(move || hand.work(&receiver))?;
             orders.push(sender);
         }
-        Ok(Self { orders, done })
+        Ok(Self { orders, done, turn: 0 })
     }
 
     /// Writes out what each file system holds in memory, all at once. Answers how long each one took; `None` for
     /// those that are not done at the deadline.
-    pub fn flush(&self, deadline: Instant) -> Vec<Option<Duration>> {
-        let asked: Vec<usize> = (0..self.orders.len()).filter(|at| self.order(*at, Order::Flush)).collect();
-        self.collect(&asked, deadline)
+    pub fn flush(&mut self, deadline: Instant) -> Vec<Option<Duration>> {
+        self.turn += 1;
+        let order = Order::Flush { turn: self.turn };
+        let mut waiting = (0..self.orders.len()).filter(|at| self.order(*at, order)).count();
+        let mut took = vec![None; self.orders.len()];
+        while waiting > 0 {
+            let Ok(done) = self.done.recv_timeout(deadline.saturating_duration_since(Instant::now())) else {
+                break;
+            };
+            if done.turn == self.turn {
+                took[done.at] = Some(done.took);
+                waiting -= 1;
+            }
+        }
+        took
     }
 
     /// Freezes these at the same time. Answers which are done at the deadline; the ledger says with what result.
     /// `interrupted` is asked every few milliseconds and ends the wait, not the calls.
-    pub fn freeze(&self, which: &[usize], deadline: Instant, interrupted: impl Fn() -> bool) -> bool {
+    pub fn freeze(&mut self, which: &[usize], deadline: Instant, interrupted: impl Fn() -> bool) -> bool {
+        self.turn += 1;
         for at in which {
-            self.order(*at, Order::Freeze);
+            self.order(*at, Order::Freeze { turn: self.turn });
         }
         let mut waiting = which.len();
         while waiting > 0 {
             let slice = Instant::now() + Duration::from_millis(5);
             match self.done.recv_timeout(slice.min(deadline).saturating_duration_since(Instant::now())) {
-                Ok(done) if which.contains(&done.at) => waiting -= 1,
+                Ok(done) if done.turn == self.turn => waiting -= 1,
                 // The late answer to a flush that was given up.
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) if Instant::now() >= deadline || interrupted() => {
@@ -110,20 +124,6 @@ impl Crew {
     fn order(&self, at: usize, order: Order) -> bool {
         self.orders[at].try_send(order).is_ok()
     }
-
-    fn collect(&self, asked: &[usize], deadline: Instant) -> Vec<Option<Duration>> {
-        let mut took = vec![None; self.orders.len()];
-        let mut waiting = asked.len();
-        while waiting > 0 {
-            let Ok(done) = self.done.recv_timeout(deadline.saturating_duration_since(Instant::now())) else {
-                break;
-            };
-            if took[done.at].replace(done.took).is_none() {
-                waiting -= 1;
-            }
-        }
-        took
-    }
 }
 
 struct Hand {
@@ -137,16 +137,22 @@ impl Hand {
     fn work(self, orders: &Receiver<Order>) {
         while let Ok(order) = orders.recv() {
             let begun = Instant::now();
-            match order {
-                // What a flush answers (EIO …) the freeze will answer again.
-                Order::Flush => _ = rustix::fs::syncfs(&self.folder).is_ok(),
-                Order::Freeze => self.freeze(),
+            let turn = match order {
+                Order::Flush { turn } => {
+                    // What a flush answers (EIO …) the freeze will answer again.
+                    let _flushed = rustix::fs::syncfs(&self.folder).is_ok();
+                    turn
+                }
+                Order::Freeze { turn } => {
+                    self.freeze();
+                    turn
+                }
                 Order::Thaw { whoever_claimed } => {
                     self.thaw(whoever_claimed);
                     continue;
                 }
-            }
-            if self.report.send(Done { at: self.at, took: begun.elapsed() }).is_err() {
+            };
+            if self.report.send(Done { at: self.at, turn, took: begun.elapsed() }).is_err() {
                 return;
             }
         }

@@ -35,6 +35,8 @@ const ROUND_FAST: Duration = Duration::from_millis(50);
 const ROUNDS_MAX: usize = 6;
 /// Longest time for the flush rounds between the quiesce and the freeze, while locks may be held.
 const LAST_FLUSH_MAX: Duration = Duration::from_secs(5);
+/// Longer than any flush round: the first one always counts as progress.
+const FLUSH_LONGEST: Duration = Duration::from_secs(1 << 20);
 /// Longest time for looking at other processes.
 const WRITERS_MAX: Duration = Duration::from_secs(2);
 /// Longest time for checking and resuming the applications.
@@ -101,17 +103,25 @@ impl Run {
         Box::new(Stopped { refusal, report: self.evidence.report, cause })
     }
 
-    /// Flushes in rounds until one is fast or time is up; answers how long each superblock took in the last round.
+    /// Flushes in rounds until one is fast, none gets faster, or another one would not end in time; answers how long
+    /// each superblock took in the last round.
     fn flush(&mut self, deadline: Instant) -> Vec<Option<Duration>> {
         let mut last = vec![Some(Duration::ZERO); self.held.len()];
+        let mut before = FLUSH_LONGEST;
         for _ in 0..ROUNDS_MAX {
             let begun = Instant::now();
             last = self.crew.flush(deadline);
             let took = begun.elapsed();
             self.evidence.report.flush_rounds_ms.push(ms(took));
-            if took <= ROUND_FAST || Instant::now() >= deadline || self.shared.is_stopped() {
+            let converges = took < before * 4 / 5;
+            if took <= ROUND_FAST
+                || !converges
+                || Instant::now() + took >= deadline
+                || self.shared.is_stopped()
+            {
                 break;
             }
+            before = took;
         }
         last
     }
@@ -471,7 +481,9 @@ impl Frozen {
         run.crew.thaw();
         let mut patience = Instant::now() + GUARD_LATE;
         let mut guard_dead = cause == Phase::GuardGone;
-        while !(0..run.held.len()).all(|at| run.ledger.settled(at)) {
+        // The guard may have thawed what our own thread has not yet come back from freezing: its word is waited for.
+        let settled = |at| run.ledger.settled(at) && run.ledger.frozen(at) != Freeze::Called;
+        while !(0..run.held.len()).all(settled) {
             guard_dead |= run.guard.heard() == Heard::Dead;
             if guard_dead || Instant::now() >= patience {
                 // What the guard took upon itself and has not done is done here too. A FITHAW that only waits for a
@@ -530,7 +542,10 @@ impl Frozen {
                 "the lease ended before the host asked for the thaw",
             ));
         }
-        if let Some(refusal) = &refusal {
+        // Those two have said so above.
+        if let Some(refusal) =
+            refusal.as_ref().filter(|_| !matches!(cause, Phase::GuardGone | Phase::LeaseEnded))
+        {
             run.evidence.reason(Reason::new(refusal.code, "", refusal.message.clone()));
         }
         run.records.remove();

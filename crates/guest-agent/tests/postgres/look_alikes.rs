@@ -5,7 +5,7 @@ use crate::{discover, find, policy, report, within};
 use guest_protocol::stillpoint::Policy;
 use std::io::{ErrorKind, Read};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 /// A process of a program named `postgres` that is none, in a folder like a data directory.
@@ -23,14 +23,14 @@ impl LookAlike {
         let data = path.join("data");
         std::fs::create_dir_all(data.join("global")).unwrap();
         std::fs::copy("/bin/sleep", path.join("postgres")).unwrap();
-        let listener = UnixListener::bind(path.join(".s.PGSQL.5432")).unwrap();
-        listener.set_nonblocking(true).unwrap();
         std::fs::write(data.join("PG_VERSION"), "15\n").unwrap();
         std::fs::write(data.join("global/pg_control"), "").unwrap();
-        for (name, whom) in [(path, user), (&path.join(".s.PGSQL.5432"), user), (&data, owner)] {
+        for (name, whom) in [(path, user), (&data, owner)] {
             assert!(Command::new("chown").arg("-R").arg(whom).arg(name).status().unwrap().success());
         }
         assert!(Command::new("chmod").arg("755").arg(path).arg(&data).status().unwrap().success());
+        let listener = listen_as(user, path.join(".s.PGSQL.5432"));
+        listener.set_nonblocking(true).unwrap();
         let mut command = Command::new("setpriv");
         command.args([&format!("--reuid={user}"), "--clear-groups", "--pdeathsig=KILL", "--"]);
         let child = command.arg(path.join("postgres")).arg("300").current_dir(&data).spawn().unwrap();
@@ -54,6 +54,18 @@ impl Drop for LookAlike {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
+}
+
+/// The kernel remembers who listens: here the right user, but this process instead of the look-alike.
+fn listen_as(user: &str, path: PathBuf) -> UnixListener {
+    let id = Command::new("id").args(["-u", user]).output().unwrap().stdout;
+    let uid = rustix::process::Uid::from_raw(String::from_utf8(id).unwrap().trim().parse().unwrap());
+    let listen = move || {
+        // Of this thread only, which ends with it.
+        rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+        UnixListener::bind(path).unwrap()
+    };
+    std::thread::spawn(listen).join().unwrap()
 }
 
 fn root() -> bool {

@@ -9,6 +9,7 @@ use guest_protocol::stillpoint::{
     GuestReport, RenewArguments, RenewReport, StatusReport, TEXT_BYTES_MAX, ThawArguments,
 };
 use serde_json::{Map, Value, json};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// Most output of a command in the guest that is kept, in bytes a stream. The answer's line ends at 16 MiB.
@@ -79,12 +80,12 @@ impl Agent {
         Ok(status == "frozen")
     }
 
-    /// Freezes with a stock agent; answers how many file systems. Whatever comes of it, thaw afterwards.
+    /// Freezes with a stock agent; answers how many file systems. Whatever comes of it, thaw afterwards. `cancel` ends the wait.
     ///
     /// # Errors
     /// See [`AgentError`].
-    pub fn fsfreeze_freeze(&mut self, limit: Duration) -> Result<i64, AgentError> {
-        self.call("guest-fsfreeze-freeze", None, limit)
+    pub fn fsfreeze_freeze(&mut self, limit: Duration, cancel: &AtomicBool) -> Result<i64, AgentError> {
+        self.call_unless("guest-fsfreeze-freeze", limit, cancel)
     }
 
     /// Thaws with any agent; answers how many file systems. Thawing what is thawed is no error.
@@ -137,16 +138,20 @@ impl Agent {
         arguments: &CheckArguments,
         limit: Duration,
     ) -> Result<CheckReport, AgentError> {
-        self.call_ours("stillpoint-check", arguments, limit)
+        self.call_ours("stillpoint-check", arguments, limit, None)
     }
 
     /// Prepares, quiesces, flushes and freezes; returns when everything that could be frozen is. Whatever comes of
-    /// it, thaw afterwards.
+    /// it, thaw afterwards. `cancel` ends the wait.
     ///
     /// # Errors
     /// See [`AgentError`].
-    pub fn stillpoint_freeze(&mut self, arguments: &FreezeArguments) -> Result<FreezeReport, AgentError> {
-        self.call_ours("stillpoint-freeze", arguments, freeze_limit(arguments))
+    pub fn stillpoint_freeze(
+        &mut self,
+        arguments: &FreezeArguments,
+        cancel: &AtomicBool,
+    ) -> Result<FreezeReport, AgentError> {
+        self.call_ours("stillpoint-freeze", arguments, freeze_limit(arguments), Some(cancel))
     }
 
     /// Lets the guest stay frozen for longer.
@@ -154,7 +159,7 @@ impl Agent {
     /// # Errors
     /// See [`AgentError`].
     pub fn stillpoint_renew(&mut self, arguments: &RenewArguments) -> Result<RenewReport, AgentError> {
-        self.call_ours("stillpoint-renew", arguments, CALL_TIMEOUT)
+        self.call_ours("stillpoint-renew", arguments, CALL_TIMEOUT, None)
     }
 
     /// Thaws, resumes and checks; answers the guest's half of the receipt.
@@ -166,7 +171,7 @@ impl Agent {
         arguments: &ThawArguments,
         limit: Duration,
     ) -> Result<GuestReport, AgentError> {
-        self.call_ours("stillpoint-thaw", arguments, limit)
+        self.call_ours("stillpoint-thaw", arguments, limit, None)
     }
 
     /// Asks where the guest stands.
@@ -174,7 +179,7 @@ impl Agent {
     /// # Errors
     /// See [`AgentError`].
     pub fn stillpoint_status(&mut self) -> Result<StatusReport, AgentError> {
-        self.call_ours("stillpoint-status", &Map::<String, Value>::new(), CALL_TIMEOUT)
+        self.call_ours("stillpoint-status", &Map::<String, Value>::new(), CALL_TIMEOUT, None)
     }
 }
 

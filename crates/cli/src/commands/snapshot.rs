@@ -1,0 +1,188 @@
+//! `snapshot`: takes one.
+
+use super::{of_register, of_repository, open_register, open_repository};
+use crate::Output;
+use crate::arguments::{Global, SnapshotArguments};
+use crate::explain::{Exit, Explanation};
+use crate::progress::Bar;
+use crate::receipt::Page;
+use engine::CopyError;
+use engine::snapshot::{SnapshotError, Taken, take};
+use engine::watch::Cancel;
+use serde_json::{Value, json};
+use snapshot::{Level, Reason, Request};
+
+pub(crate) fn run(global: &Global, wish: &SnapshotArguments, cancel: &Cancel) -> Result<Output, Explanation> {
+    let request = request(wish)?;
+    let register = open_register(global)?;
+    let repository = open_repository(global)?;
+    let taken = take(&register, &repository, &request, &Bar::new(global.json), cancel)
+        .map_err(|error| explain(&request, &error))?;
+    if let Some(left) = &taken.left {
+        eprintln!("warning: the snapshot is complete, but not everything was cleaned up in the VM: {left}");
+        eprintln!("  to do: nothing; the next snapshot of this VM tries again");
+    }
+    let id = taken.id.to_string();
+    let parent = taken.manifest.parent.map(|parent| parent.to_string());
+    let page = Page {
+        snapshot: &id,
+        parent: parent.as_deref(),
+        description: request.description.as_deref(),
+        receipt: &taken.receipt,
+        verdict: &taken.verdict,
+    };
+    Ok(Output::new(page.to_string(), object(&request, &taken)))
+}
+
+fn request(wish: &SnapshotArguments) -> Result<Request, Explanation> {
+    // What is wanted is the most that can be reached, so it bounds what may be required.
+    let default = if wish.no_data { Level::None } else { Level::Crash.min(wish.want) };
+    let require = wish.require.unwrap_or(default);
+    let contradiction = |cause: String| {
+        Explanation::new(Exit::Usage, "no snapshot was taken", cause, "lower --require, or raise --want")
+    };
+    if require > wish.want {
+        return Err(contradiction(format!("{require} is required, but only {} is wanted", wish.want)));
+    }
+    if wish.want == Level::Clean {
+        let cause = "a running VM cannot be snapshotted as clean".to_owned();
+        return Err(contradiction(cause));
+    }
+    if wish.no_data && require > Level::None {
+        return Err(contradiction("a snapshot without disks is worth none".to_owned()));
+    }
+    Ok(Request {
+        disks: wish.disks.clone(),
+        no_data: wish.no_data,
+        want: wish.want,
+        require,
+        description: wish.description.clone(),
+        applications: wish.applications.clone(),
+        lease_ms: wish.lease * 1000,
+        ..Request::new(&wish.name)
+    })
+}
+
+/// The object that `--json` ends with.
+fn object(request: &Request, taken: &Taken) -> Value {
+    let receipt = &taken.receipt;
+    let guest = receipt.guest.clone().unwrap_or_default();
+    let applications: Vec<Value> = guest
+        .applications
+        .iter()
+        .zip(&taken.verdict.applications)
+        .map(|(report, (level, reasons))| {
+            json!({
+                "kind": report.kind, "instance": report.instance, "version": report.version, "level": level,
+                "position": report.position, "reasons": reasons,
+            })
+        })
+        .collect();
+    let disks: Vec<Value> = receipt
+        .disks
+        .iter()
+        .filter_map(|disk| {
+            let copy = disk.copy.as_ref()?;
+            Some(json!({
+                "name": disk.name, "size_bytes": disk.size_bytes, "method": copy.method, "read_bytes": copy.read_bytes,
+                "changed_bytes": copy.changed_bytes, "stored_bytes": copy.stored_bytes,
+            }))
+        })
+        .collect();
+    let filesystems: Vec<Value> = guest
+        .filesystems
+        .iter()
+        .map(|f| {
+            json!({
+                "mountpoint": f.mountpoint, "type": f.kind, "device": f.device, "state": f.state, "frozen_ms": f.frozen_ms,
+            })
+        })
+        .collect();
+    json!({
+        "snapshot": taken.id.to_string(),
+        "vm": request.vm,
+        "parent": taken.manifest.parent.map(|parent| parent.to_string()),
+        "point_at": receipt.point.as_ref().map(|point| timestamp(point.at_ms)),
+        "freeze_sent_at": receipt.order.freeze_sent_ms.map(timestamp),
+        "level": taken.verdict.level,
+        "wanted": request.want,
+        "required": request.require,
+        "reasons": taken.verdict.reasons,
+        "disks": disks,
+        "applications": applications,
+        "filesystems": filesystems,
+        "lease_ms": guest.lease_ms,
+        "stall": {
+            "freeze_ms": guest.freeze_ms, "frozen_ms": guest.frozen_ms, "thaw_ms": guest.thaw_ms,
+            "flush_rounds_ms": guest.flush_rounds_ms,
+        },
+        "phases_ms": receipt.phases_ms,
+    })
+}
+
+/// RFC 3339 in UTC, from milliseconds since 1970.
+fn timestamp(ms: u64) -> Option<String> {
+    let time = jiff::Timestamp::from_millisecond(i64::try_from(ms).ok()?).ok()?;
+    Some(format!("{time:.3}"))
+}
+
+fn explain(request: &Request, error: &SnapshotError) -> Explanation {
+    let vm = &request.vm;
+    let problem = format!("no snapshot of {vm} was taken");
+    let plain = |exit, to_do: &str| Explanation::new(exit, &problem, error.to_string(), to_do);
+    match error {
+        SnapshotError::Register(error) => of_register(&problem, error),
+        SnapshotError::Repository(error) => of_repository(&problem, error),
+        SnapshotError::Copy { source: CopyError::Store(error), .. } => of_repository(&problem, error),
+        SnapshotError::Monitor(_) => plain(
+            Exit::Unreachable,
+            &format!("check that the VM runs and that `stillpoint vm show {vm}` names its sockets"),
+        ),
+        SnapshotError::Leftovers(_) => {
+            plain(Exit::Failed, "try again; if it persists, restart the VM: its disks are sound")
+        }
+        SnapshotError::NoSuchDisk { .. } | SnapshotError::NoDisk => plain(
+            Exit::NotFound,
+            &format!("see `stillpoint vm show {vm}` for its disks, and why others do not count"),
+        ),
+        SnapshotError::Plan(_) => plain(Exit::Usage, "give another state folder with --state"),
+        SnapshotError::Point(_) => {
+            plain(Exit::Failed, "the guest was thawed and QEMU is as before; see the cause")
+        }
+        SnapshotError::Freeze(_) => plain(
+            Exit::BelowRequired,
+            &format!(
+                "see `stillpoint check {vm}`; or accept less with --require crash. The guest was thawed"
+            ),
+        ),
+        SnapshotError::BelowRequired { reached, required, reasons } => Explanation::new(
+            Exit::BelowRequired,
+            format!("no {required}-consistent snapshot of {vm} was taken"),
+            format!("it would be {reached}: {}; the guest was thawed and nothing was kept", list(reasons)),
+            format!("see `stillpoint check {vm}`, mend the cause, or accept it with --require {reached}"),
+        ),
+        SnapshotError::RequiredApplication(reason) => Explanation::new(
+            Exit::BelowRequired,
+            format!("no snapshot of {vm} was taken: a required application was not quiesced"),
+            format!("{}: {}; the guest was thawed and nothing was kept", reason.subject, reason.message),
+            format!("see `stillpoint check {vm}`, or make its policy preferred"),
+        ),
+        SnapshotError::Copy { .. } => plain(
+            Exit::Failed,
+            "the VM runs on undisturbed; if the cause names a full or slow disk, make room in the state folder and try again",
+        ),
+        SnapshotError::Interrupted => Explanation::new(
+            Exit::Interrupted,
+            problem,
+            "interrupted; the guest was thawed and everything was cleaned up",
+            "nothing, or take it again",
+        ),
+    }
+}
+
+fn list(reasons: &[Reason]) -> String {
+    let shown: Vec<String> =
+        reasons.iter().take(4).map(|reason| format!("{} {}", reason.subject, reason.message)).collect();
+    let more = reasons.len().saturating_sub(shown.len());
+    if more > 0 { format!("{} and {more} more", shown.join("; ")) } else { shown.join("; ") }
+}

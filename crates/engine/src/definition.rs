@@ -1,0 +1,69 @@
+//! What a twin needs besides disks: the VM's definition, kernel and initrd or firmware, read from the host's files.
+
+use repository::{Error, Part, Role, Writer};
+use snapshot::Reason;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
+use vm::machine::{self, Definition};
+use vm::monitor::Monitor;
+
+/// Largest kernel, initrd or firmware that is kept, in bytes. Distributions' initrds reach 200 MiB.
+const FILE_BYTES_MAX: u64 = 512 << 20;
+
+/// What was kept.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) parts: Vec<Part>,
+    pub(crate) json: serde_json::Value,
+    pub(crate) reasons: Vec<Reason>,
+}
+
+/// Reads the definition and stores the files that it names. A file that cannot be read is a reason, not a failure:
+/// the disks are worth keeping without it.
+pub(crate) fn keep(
+    monitor: &mut Monitor,
+    writer: &mut Writer,
+) -> Result<Kept, crate::snapshot::SnapshotError> {
+    let definition = machine::definition(monitor)?;
+    let mut kept = Kept { parts: Vec::new(), json: serde_json::Value::Null, reasons: Vec::new() };
+    for (role, name, file) in files(&definition) {
+        match read(&file) {
+            Ok(bytes) => kept.parts.push(part(writer, role, &name, &bytes)?),
+            Err(error) => {
+                let message = format!("{file} was not kept, so a twin needs another: {error}");
+                kept.reasons.push(Reason::new("boot_file_not_kept", name, message));
+            }
+        }
+    }
+    kept.json = serde_json::to_value(&definition).unwrap_or_default();
+    Ok(kept)
+}
+
+fn files(definition: &Definition) -> Vec<(Role, String, String)> {
+    let boot = &definition.boot;
+    let mut files = Vec::new();
+    files.extend(boot.kernel.iter().map(|file| (Role::Kernel, "kernel".to_owned(), file.clone())));
+    files.extend(boot.initrd.iter().map(|file| (Role::Initrd, "initrd".to_owned(), file.clone())));
+    for (number, flash) in boot.flash.iter().enumerate() {
+        let role = if flash.read_only { Role::Firmware } else { Role::FirmwareVariables };
+        files.push((role, format!("flash{number}"), flash.file.clone()));
+    }
+    files
+}
+
+fn part(writer: &mut Writer, role: Role, name: &str, bytes: &[u8]) -> Result<Part, Error> {
+    let root = writer.blob(bytes)?;
+    Ok(Part { name: name.to_owned(), role, size_bytes: bytes.len() as u64, root, facts: BTreeMap::new() })
+}
+
+fn read(path: &str) -> io::Result<Vec<u8>> {
+    let file = File::open(path)?;
+    let size = file.metadata()?.len();
+    if size > FILE_BYTES_MAX {
+        return Err(io::Error::other(format!("it has {size} bytes")));
+    }
+    let mut bytes = Vec::new();
+    file.take(FILE_BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}

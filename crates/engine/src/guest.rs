@@ -1,0 +1,198 @@
+//! The guest's side of a run: who answers, and freeze and thaw with whoever it is.
+
+use crate::register::VmEntry;
+use crate::watch::Cancel;
+use guest_protocol::stillpoint::{
+    CheckArguments, CheckReport, FreezeArguments, GuestReport, ThawArguments, Want,
+};
+use qmp::machine::QueryStatus;
+use snapshot::receipt::{self, Receipt, StockFilesystem, StockFreeze};
+use snapshot::{Level, Reason, Request};
+use std::time::{Duration, Instant};
+use vm::agent::{Agent, AgentError, Kind};
+use vm::monitor::Monitor;
+
+/// How long an agent may take to answer at all. An emulated or loaded guest needs seconds.
+const FIND_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a stock qemu-ga may take to freeze. It has no limit of its own, and a guest must not wait for ever.
+const STOCK_FREEZE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long one attempt to thaw may take.
+const THAW_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long thawing is tried again. A stock qemu-ga never thaws by itself; ours does at the end of its lease.
+const THAW_PATIENCE: Duration = Duration::from_secs(60);
+/// Between two attempts to thaw.
+const THAW_PAUSE: Duration = Duration::from_millis(500);
+/// How long a rehearsal may take.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Whoever answers in the guest.
+#[derive(Debug)]
+pub struct Guest {
+    agent: Option<Agent>,
+    stock: StockFreeze,
+}
+
+/// How a freeze ended.
+#[derive(Debug, Default)]
+pub(crate) struct Ended {
+    pub(crate) answered: bool,
+    pub(crate) report: Option<GuestReport>,
+    pub(crate) stock: Option<StockFreeze>,
+    pub(crate) reasons: Vec<Reason>,
+}
+
+impl Guest {
+    /// Looks for an agent if the request needs one, and notes in the receipt who it is, or why there is none.
+    pub(crate) fn find(
+        entry: &VmEntry,
+        request: &Request,
+        monitor: &mut Monitor,
+        receipt: &mut Receipt,
+    ) -> Self {
+        let none = Self { agent: None, stock: StockFreeze::default() };
+        if !request.freezes() {
+            if !request.no_data {
+                let message = "nothing was flushed or frozen, because no more than crash was wanted";
+                receipt.reasons.push(Reason::new("freeze_not_wanted", &entry.name, message));
+            }
+            return none;
+        }
+        // A monitor that cannot say lets the agent speak for itself.
+        if monitor.run(&QueryStatus {}).is_ok_and(|status| !status.running) {
+            let message = "the VM is paused, so nobody in the guest can answer";
+            receipt.reasons.push(Reason::new("vm_paused", &entry.name, message));
+            return none;
+        }
+        let (guest, why) = Self::connect(entry);
+        receipt.reasons.extend(why);
+        receipt.agent = guest.kind();
+        guest
+    }
+
+    /// Connects to whoever answers; otherwise says why nobody does.
+    pub fn connect(entry: &VmEntry) -> (Self, Option<Reason>) {
+        let nobody = |cause: String| {
+            let none = Self { agent: None, stock: StockFreeze::default() };
+            (
+                none,
+                Some(Reason::new(
+                    "no_agent",
+                    &entry.name,
+                    format!("{cause}: nothing can be flushed or frozen"),
+                )),
+            )
+        };
+        let Some(path) = &entry.agent else {
+            return nobody("no agent channel is registered for this VM".to_owned());
+        };
+        match Agent::connect(path, FIND_TIMEOUT) {
+            Ok(agent) => (Self { agent: Some(agent), stock: StockFreeze::default() }, None),
+            Err(error) => nobody(error.to_string()),
+        }
+    }
+
+    /// Who answers, in words.
+    pub fn who(entry: &VmEntry) -> String {
+        let (guest, why) = Self::connect(entry);
+        guest.describe(why.as_ref())
+    }
+
+    /// Who answers, in words; or why nobody does.
+    pub fn describe(&self, why: Option<&Reason>) -> String {
+        match self.kind() {
+            receipt::Agent::None => why.map_or_else(|| "no agent".to_owned(), |why| why.message.clone()),
+            receipt::Agent::QemuGa { version } => format!("qemu-ga {version} (quiesces no application)"),
+            receipt::Agent::Stillpoint { version } => format!("stillpoint-agent {version}"),
+        }
+    }
+
+    fn kind(&self) -> receipt::Agent {
+        match &self.agent {
+            None => receipt::Agent::None,
+            Some(agent) => {
+                let version = agent.info().version.clone();
+                match agent.kind() {
+                    Kind::Stillpoint => receipt::Agent::Stillpoint { version },
+                    Kind::Stock => receipt::Agent::QemuGa { version },
+                }
+            }
+        }
+    }
+
+    /// Somebody is there to be asked.
+    pub fn can_freeze(&self) -> bool {
+        self.agent.is_some()
+    }
+
+    /// Rehearses; nothing if no agent of ours is there.
+    ///
+    /// # Errors
+    /// The agent's, in words.
+    pub fn check(&mut self) -> Result<Option<CheckReport>, String> {
+        let Some(agent) = self.agent.as_mut().filter(|agent| agent.kind() == Kind::Stillpoint) else {
+            return Ok(None);
+        };
+        let arguments = CheckArguments { want: Want::Application, applications: vec![] };
+        agent.stillpoint_check(&arguments, CHECK_TIMEOUT).map(Some).map_err(|error| error.to_string())
+    }
+
+    /// Freezes. Whatever comes of it, thaw afterwards.
+    pub(crate) fn freeze(&mut self, request: &Request, run: &str, cancel: &Cancel) -> Result<(), String> {
+        let agent = self.agent.as_mut().ok_or("no agent is there")?;
+        let flag = cancel.flag();
+        let words = |error: AgentError| error.to_string();
+        if agent.kind() == Kind::Stillpoint {
+            let want = if request.want >= Level::Application { Want::Application } else { Want::Filesystem };
+            let arguments = FreezeArguments {
+                budget_ms: request.budget_ms,
+                want,
+                applications: request.applications.clone(),
+                ..FreezeArguments::new(run, request.lease_ms)
+            };
+            return agent.stillpoint_freeze(&arguments, &flag).map(drop).map_err(words);
+        }
+        let listed = agent.fsinfo().map_err(words)?;
+        self.stock.filesystems = listed
+            .into_iter()
+            .map(|f| StockFilesystem { mountpoint: f.mountpoint, kind: f.kind, device: f.name })
+            .collect();
+        let frozen = agent.fsfreeze_freeze(STOCK_FREEZE_TIMEOUT, &flag).map_err(words)?;
+        self.stock.frozen = u64::try_from(frozen).unwrap_or(0);
+        Ok(())
+    }
+
+    /// Thaws, again and again until it is answered or patience ends.
+    pub(crate) fn thaw(&mut self, run: &str) -> Ended {
+        let Some(agent) = self.agent.as_mut() else { return Ended::default() };
+        if agent.kind() == Kind::Stock {
+            // Asked after the point and before the thaw: did it still hold?
+            self.stock.frozen_after_point = agent.fsfreeze_is_frozen().unwrap_or(false);
+        }
+        let patience = Instant::now() + THAW_PATIENCE;
+        loop {
+            let answer = match agent.kind() {
+                Kind::Stillpoint => agent
+                    .stillpoint_thaw(&ThawArguments { id: run.to_owned() }, THAW_TIMEOUT)
+                    .map(|report| Ended { answered: true, report: Some(report), ..Ended::default() }),
+                Kind::Stock => agent.fsfreeze_thaw(THAW_TIMEOUT).map(|thawed| {
+                    self.stock.thawed = u64::try_from(thawed).unwrap_or(0);
+                    Ended { answered: true, stock: Some(self.stock.clone()), ..Ended::default() }
+                }),
+            };
+            match answer {
+                Ok(ended) => return ended,
+                // The agent is there and says no: it knows nothing of this run, so nothing of it is frozen.
+                Err(error @ (AgentError::Failed { .. } | AgentError::NotOffered { .. })) => {
+                    return unanswered(&error);
+                }
+                Err(error) if Instant::now() >= patience => return unanswered(&error),
+                Err(_) => std::thread::sleep(THAW_PAUSE),
+            }
+        }
+    }
+}
+
+fn unanswered(error: &AgentError) -> Ended {
+    let reason = Reason::new("thaw_failed", "guest", error.to_string());
+    Ended { reasons: vec![reason], ..Ended::default() }
+}

@@ -1,0 +1,581 @@
+//! One run: takes a snapshot of a running VM.
+//!
+//! `snapshot::run` decides what comes next; this carries it out and reports back. What must be undone is held by
+//! [`Carrier`], whose `Drop` thaws and undoes if the run ends in a panic; what a killed process leaves is in the
+//! journal, and the guest thaws by itself.
+
+use crate::copy::{CopyError, Source, Tally};
+use crate::guest::Guest;
+use crate::journal::{Journal, Note};
+use crate::parent::{BITMAP_FACT, Parent, Tracked};
+use crate::register::{Register, RegisterError, VmLock};
+use crate::watch::{Cancel, Watch};
+use crate::{definition, fresh_id, now_ms};
+use repository::{DiskRoot, Manifest, Part, Repository, Role, SnapshotId, Writer};
+use snapshot::receipt::{CopyEvidence, CopyMethod, DiskEvidence, Point, Receipt};
+use snapshot::run::{Action, Event, Run, State};
+use snapshot::{Level, Reason, Request, Verdict, judge, required_unmet};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+use vm::disks::{Base, Disk, base, bitmaps};
+use vm::machine;
+use vm::monitor::{Monitor, MonitorError};
+use vm::point::{self, Outcome, Plan, PlanError, PointError, Prepared, UndoError};
+
+/// How long the monitor may take to greet.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long QEMU may take to stop the virtual CPUs, in which it flushes every disk.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest time that a guest's write may wait for scratch, in seconds; then the snapshot breaks, not the write.
+const SCRATCH_WAIT_S: u32 = 5;
+
+/// A snapshot that was taken.
+#[derive(Debug)]
+pub struct Taken {
+    /// Its id.
+    pub id: SnapshotId,
+    /// As stored.
+    pub manifest: Manifest,
+    /// The evidence.
+    pub receipt: Receipt,
+    /// What it is worth.
+    pub verdict: Verdict,
+    /// What could not be cleaned up afterwards; the next run tries again.
+    pub left: Option<String>,
+}
+
+/// Why there is no snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The register or the journal failed, or the VM is busy.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    /// The monitor cannot be reached, or failed before anything was changed.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// What an earlier run left cannot be removed.
+    #[error("what an earlier run left in the VM cannot be removed: {0}")]
+    Leftovers(#[source] UndoError),
+    /// A wanted disk is not there, or does not count.
+    #[error("'{disk}' is no disk of this VM that can be in a snapshot; there are: {known}")]
+    NoSuchDisk {
+        /// As asked for.
+        disk: String,
+        /// Names of those that count.
+        known: String,
+    },
+    /// No disk counts.
+    #[error("this VM has no disk that can be in a snapshot")]
+    NoDisk,
+    /// The names do not fit.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// QEMU could not cut the disks.
+    #[error("QEMU could not cut the disks: {0}")]
+    Point(#[from] PointError),
+    /// The guest could not be frozen, and a frozen one was required.
+    #[error("the guest could not be frozen: {0}")]
+    Freeze(String),
+    /// The snapshot would be worth less than required.
+    #[error("the snapshot would be {reached}, and {required} was required")]
+    BelowRequired {
+        /// What it would be worth.
+        reached: Level,
+        /// What was required.
+        required: Level,
+        /// Why.
+        reasons: Vec<Reason>,
+    },
+    /// A required application was not quiesced.
+    #[error("{}: {}", .0.subject, .0.message)]
+    RequiredApplication(Reason),
+    /// A disk could not be copied.
+    #[error("disk '{disk}': {source}")]
+    Copy {
+        /// Its name.
+        disk: String,
+        /// Why.
+        source: CopyError,
+    },
+    /// The repository failed.
+    #[error(transparent)]
+    Repository(#[from] repository::Error),
+    /// Someone wanted it to end.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// Takes a snapshot. Every way out thaws the guest and leaves either a complete snapshot or none.
+///
+/// # Errors
+/// See [`SnapshotError`].
+pub fn take(
+    register: &Register,
+    repository: &Repository,
+    request: &Request,
+    watch: &dyn Watch,
+    cancel: &Cancel,
+) -> Result<Taken, SnapshotError> {
+    let entry = register.get(&request.vm)?;
+    let lock = register.lock(&request.vm)?;
+    watch.step("preparing");
+    let began = Instant::now();
+    let mut monitor = Monitor::connect(&entry.qmp, CONNECT_TIMEOUT)?;
+    let journal = Journal::of(register, &request.vm);
+    clear_leftovers(&journal, &mut monitor)?;
+    let run = fresh_id();
+    let facts = Facts::gather(&mut monitor, repository, request)?;
+    let mut writer = repository.begin()?;
+    let definition = definition::keep(&mut monitor, &mut writer)?;
+    let plan = facts.plan(register, repository, &run)?;
+    let mut receipt = facts.receipt(request, &run);
+    receipt.reasons.extend(definition.reasons);
+    let guest = Guest::find(&entry, request, &mut monitor, &mut receipt);
+    let carrier = Carrier {
+        request,
+        watch,
+        cancel,
+        began,
+        run: Run::new(request, guest.can_freeze()),
+        guest,
+        monitor,
+        journal,
+        plan,
+        facts,
+        parts: definition.parts,
+        definition: definition.json,
+        writer: Some(writer),
+        receipt,
+        verdict: None,
+        sealed: None,
+        failure: None,
+        left: None,
+        owes: Owes::default(),
+        _lock: lock,
+    };
+    carrier.carry_out()
+}
+
+/// Undoes what a dead run left in a VM, by its journal. Safe to call at any time that the VM is claimed.
+///
+/// # Errors
+/// `Register`, `Leftovers`.
+pub fn clear_leftovers(journal: &Journal, monitor: &mut Monitor) -> Result<(), SnapshotError> {
+    if let Some(note) = journal.read()? {
+        point::release(monitor, &note.plan, note.outcome).map_err(SnapshotError::Leftovers)?;
+        journal.clear()?;
+    }
+    Ok(())
+}
+
+/// What is known before anything is changed.
+struct Facts {
+    disks: Vec<Disk>,
+    wanted: Vec<Wanted>,
+    chosen: bool,
+    parent: Option<SnapshotId>,
+}
+
+/// A disk that will be cut.
+struct Wanted {
+    disk: Disk,
+    parent: Option<DiskRoot>,
+    base: Option<String>,
+}
+
+impl Facts {
+    fn gather(
+        monitor: &mut Monitor,
+        repository: &Repository,
+        request: &Request,
+    ) -> Result<Self, SnapshotError> {
+        let drives = machine::drives(monitor)?;
+        let known = || drives.disks.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>().join(", ");
+        if let Some(missing) =
+            request.disks.iter().find(|name| !drives.disks.iter().any(|d| d.name == **name))
+        {
+            return Err(SnapshotError::NoSuchDisk { disk: missing.clone(), known: known() });
+        }
+        let chosen = !request.disks.is_empty();
+        let wants = |disk: &&Disk| !request.no_data && (!chosen || request.disks.contains(&disk.name));
+        let nodes = machine::nodes(monitor)?;
+        let prefix = point::plan::bitmap_prefix(&repository.id().to_string());
+        let track = |disk: &Disk| {
+            let names = bitmaps(&nodes, disk).iter().filter_map(|bitmap| bitmap.name.clone());
+            let usable = |name: &String| {
+                name.starts_with(&prefix) && matches!(base(&nodes, disk, name), Base::Usable { .. })
+            };
+            let usable_bitmaps = names.filter(usable).collect();
+            Tracked { disk: disk.name.clone(), size_bytes: disk.size_bytes, usable_bitmaps }
+        };
+        let disks: Vec<&Disk> = drives.disks.iter().filter(wants).collect();
+        let tracked: Vec<Tracked> = disks.iter().map(|disk| track(disk)).collect();
+        let parent = Parent::choose(repository, &request.vm, &tracked)?;
+        let wanted: Vec<Wanted> = disks
+            .into_iter()
+            .zip(&tracked)
+            .map(|(disk, tracked)| Wanted {
+                disk: disk.clone(),
+                parent: parent.as_ref().and_then(|parent| parent.part(&disk.name)).map(|part| part.root),
+                base: parent.as_ref().and_then(|parent| parent.bitmap(tracked)),
+            })
+            .collect();
+        if wanted.is_empty() && !request.no_data {
+            return Err(SnapshotError::NoDisk);
+        }
+        let parent = parent.map(|parent| parent.snapshot);
+        Ok(Self { disks: drives.disks, wanted, chosen, parent })
+    }
+
+    fn plan(
+        &self,
+        register: &Register,
+        repository: &Repository,
+        run: &str,
+    ) -> Result<Option<Plan>, PlanError> {
+        if self.wanted.is_empty() {
+            return Ok(None);
+        }
+        let disk = |wanted: &Wanted| point::DiskRequest {
+            disk: wanted.disk.clone(),
+            base: wanted.base.clone(),
+            only_base: wanted.base.is_some(),
+        };
+        Plan::new(&point::Request {
+            tag: run[..point::plan::TAG_BYTES].to_owned(),
+            repository: repository.id().to_string(),
+            snapshot: run.to_owned(),
+            folder: register.scratch().join(run),
+            cbw_timeout_s: SCRATCH_WAIT_S,
+            disks: self.wanted.iter().map(disk).collect(),
+        })
+        .map(Some)
+    }
+
+    fn receipt(&self, request: &Request, run: &str) -> Receipt {
+        let evidence = |disk: &Disk| DiskEvidence {
+            name: disk.name.clone(),
+            serial: disk.serial.clone(),
+            pci: disk.pci.clone(),
+            size_bytes: disk.size_bytes,
+            copy: None,
+        };
+        Receipt {
+            vm: request.vm.clone(),
+            run: run.to_owned(),
+            wanted: Some(request.want),
+            required: Some(request.require),
+            disks: self.disks.iter().map(evidence).collect(),
+            disks_chosen: self.chosen,
+            ..Receipt::default()
+        }
+    }
+}
+
+/// What must still be done whatever happens.
+#[derive(Clone, Copy, Debug, Default)]
+struct Owes {
+    thaw: bool,
+    release: bool,
+}
+
+/// Carries one run out.
+struct Carrier<'a> {
+    request: &'a Request,
+    watch: &'a dyn Watch,
+    cancel: &'a Cancel,
+    began: Instant,
+    run: Run,
+    guest: Guest,
+    monitor: Monitor,
+    journal: Journal,
+    plan: Option<Plan>,
+    facts: Facts,
+    parts: Vec<Part>,
+    definition: serde_json::Value,
+    writer: Option<Writer>,
+    receipt: Receipt,
+    verdict: Option<Verdict>,
+    sealed: Option<(SnapshotId, Manifest)>,
+    failure: Option<SnapshotError>,
+    left: Option<String>,
+    owes: Owes,
+    _lock: VmLock,
+}
+
+impl Carrier<'_> {
+    fn carry_out(mut self) -> Result<Taken, SnapshotError> {
+        // A copy, because `Prepared` borrows it while `self` goes on changing.
+        let plan = self.plan.clone();
+        let mut prepared = match &plan {
+            None => None,
+            Some(plan) => Some(self.prepare(plan)?),
+        };
+        self.receipt.phases_ms.prepare = millis(self.began.elapsed());
+        let mut action = self.run.next(Event::Begin);
+        let mut interrupted = false;
+        while let Some(wanted) = action {
+            if self.cancel.is_set() && !interrupted {
+                interrupted = true;
+                if let Some(instead) = self.run.next(Event::Interrupted) {
+                    self.fail(SnapshotError::Interrupted);
+                    action = Some(instead);
+                    continue;
+                }
+            }
+            let event = self.perform(wanted, &mut prepared);
+            action = self.run.next(event);
+        }
+        if let Some(unused) = prepared {
+            unused.abandon();
+        }
+        self.finish()
+    }
+
+    /// Does everything slow in QEMU, with the journal written first.
+    fn prepare<'p>(&mut self, plan: &'p Plan) -> Result<Prepared<'p>, SnapshotError> {
+        let note = Note { run: self.receipt.run.clone(), plan: plan.clone(), outcome: Outcome::Dropped };
+        self.journal.write(&note)?;
+        self.owes.release = true;
+        match point::prepare(&mut self.monitor, plan) {
+            Ok(prepared) => Ok(prepared),
+            Err(error) => {
+                self.release(Outcome::Dropped);
+                Err(error.into())
+            }
+        }
+    }
+
+    fn perform(&mut self, action: Action, prepared: &mut Option<Prepared<'_>>) -> Event {
+        let began = Instant::now();
+        match action {
+            Action::Freeze => {
+                self.watch.step("freezing the guest");
+                self.owes.thaw = true;
+                self.receipt.order.freeze_sent_ms = Some(now_ms());
+                let frozen = self.guest.freeze(self.request, &self.receipt.run, self.cancel);
+                self.receipt.phases_ms.freeze = millis(began.elapsed());
+                match frozen {
+                    Ok(()) => {
+                        self.receipt.order.frozen_before_point = true;
+                        Event::Frozen
+                    }
+                    Err(cause) => {
+                        self.receipt.reasons.push(Reason::new("freeze_failed", &self.request.vm, &cause));
+                        if self.request.require > Level::Crash {
+                            self.fail(SnapshotError::Freeze(cause));
+                        }
+                        Event::FreezeFailed
+                    }
+                }
+            }
+            Action::Cut => self.cut(prepared.take(), began),
+            Action::Thaw => {
+                self.watch.step("thawing the guest");
+                self.thaw();
+                self.receipt.phases_ms.thaw = millis(began.elapsed());
+                Event::ThawEnded
+            }
+            Action::Judge => self.judge(),
+            Action::Copy => {
+                self.watch.step("copying disk data");
+                let copied = self.copy();
+                self.receipt.phases_ms.copy = millis(began.elapsed());
+                match copied {
+                    Ok(()) => Event::Copied,
+                    Err(error) => {
+                        let interrupted = self.cancel.is_set();
+                        self.fail(if interrupted { SnapshotError::Interrupted } else { error });
+                        Event::CopyFailed
+                    }
+                }
+            }
+            Action::Seal => match self.seal(began) {
+                Ok(()) => Event::Sealed,
+                Err(error) => {
+                    self.fail(error.into());
+                    Event::SealFailed
+                }
+            },
+            Action::Release => {
+                self.release(Outcome::Kept);
+                Event::Cleared
+            }
+            Action::Undo => {
+                self.watch.step("cleaning up");
+                if let Some(unused) = prepared.take() {
+                    unused.abandon();
+                }
+                self.release(Outcome::Dropped);
+                Event::Cleared
+            }
+        }
+    }
+
+    fn cut(&mut self, prepared: Option<Prepared<'_>>, began: Instant) -> Event {
+        let Some(prepared) = prepared else {
+            return Event::PointTaken; // no disk was wanted: the receipt says that there is no point
+        };
+        self.watch.step("taking the point");
+        let at_ms = now_ms();
+        match prepared.cut(&mut self.monitor, STOP_TIMEOUT) {
+            Ok(cut) => {
+                self.receipt.order.point_before_thaw = true;
+                self.receipt.phases_ms.point = millis(began.elapsed());
+                self.receipt.point = Some(Point {
+                    at_ms,
+                    vcpus_stopped: true,
+                    stopped_ms: cut.stopped.map_or(0.0, |stopped| stopped.as_secs_f64() * 1000.0),
+                    disks: self.facts.wanted.iter().map(|wanted| wanted.disk.name.clone()).collect(),
+                });
+                Event::PointTaken
+            }
+            Err(error) => {
+                self.fail(error.into());
+                Event::PointFailed
+            }
+        }
+    }
+
+    fn thaw(&mut self) {
+        let ended = self.guest.thaw(&self.receipt.run);
+        self.owes.thaw = false;
+        self.receipt.order.thaw_answered = ended.answered;
+        self.receipt.guest = ended.report;
+        self.receipt.stock = ended.stock;
+        self.receipt.reasons.extend(ended.reasons);
+    }
+
+    fn judge(&mut self) -> Event {
+        let verdict = judge(&self.receipt);
+        let (reached, required) = (verdict.level, self.request.require);
+        if let Some(reason) = required_unmet(&self.receipt, &verdict) {
+            self.fail(SnapshotError::RequiredApplication(reason));
+        } else if reached < required {
+            self.fail(SnapshotError::BelowRequired { reached, required, reasons: verdict.reasons.clone() });
+        } else {
+            self.verdict = Some(verdict);
+            return Event::LevelReached;
+        }
+        Event::LevelMissed
+    }
+
+    fn copy(&mut self) -> Result<(), SnapshotError> {
+        let Some(plan) = &self.plan else { return Ok(()) };
+        let exports = point::export(&mut self.monitor, plan)?;
+        let failed = |disk: &str| {
+            let disk = disk.to_owned();
+            move |source| SnapshotError::Copy { disk, source }
+        };
+        let mut sources = Vec::new();
+        for (export, wanted) in exports.iter().zip(&self.facts.wanted) {
+            let source = Source::open(&plan.socket, export).map_err(failed(&wanted.disk.name))?;
+            sources.push(source);
+        }
+        let total_bytes = sources.iter().map(Source::read_bytes).sum();
+        let mut tally = Tally { watch: self.watch, done_bytes: 0, total_bytes };
+        let writer = self.writer.as_mut().expect("it is there until the seal");
+        for ((source, wanted), planned) in sources.into_iter().zip(&self.facts.wanted).zip(&plan.disks) {
+            let name = &wanted.disk.name;
+            let size_bytes = source.size_bytes();
+            let disk = writer.disk(size_bytes, wanted.parent.as_ref())?;
+            let (root, stats) = source.store(disk, &mut tally, self.cancel).map_err(failed(name))?;
+            let method = match (&wanted.base, &wanted.parent) {
+                (Some(_), _) => CopyMethod::Bitmap,
+                (None, Some(_)) => CopyMethod::Compared,
+                (None, None) => CopyMethod::Full,
+            };
+            if let Some(evidence) = self.receipt.disks.iter_mut().find(|disk| disk.name == *name) {
+                evidence.copy = Some(CopyEvidence {
+                    method,
+                    read_bytes: stats.read_bytes,
+                    changed_bytes: stats.changed_bytes,
+                    stored_bytes: stats.stored_bytes,
+                });
+            }
+            let facts = disk_facts(&wanted.disk, &planned.bitmap);
+            self.parts.push(Part { name: name.clone(), role: Role::Disk, size_bytes, root, facts });
+        }
+        Ok(())
+    }
+
+    fn seal(&mut self, began: Instant) -> Result<(), repository::Error> {
+        self.watch.step("sealing the snapshot");
+        let verdict = self.verdict.as_ref().expect("it was judged before the copy");
+        self.receipt.phases_ms.seal = millis(began.elapsed());
+        let manifest = Manifest {
+            vm: self.request.vm.clone(),
+            parent: self.facts.parent,
+            created_at_ms: self.receipt.point.as_ref().map_or_else(now_ms, |point| point.at_ms),
+            description: self.request.description.clone(),
+            level: verdict.level.to_string(),
+            parts: std::mem::take(&mut self.parts),
+            definition: std::mem::take(&mut self.definition),
+            receipt: serde_json::to_value(&self.receipt).expect("a receipt has no key that is not text"),
+        };
+        let writer = self.writer.take().expect("it is sealed once");
+        let id = writer.commit(manifest.clone())?;
+        self.receipt.phases_ms.seal = millis(began.elapsed());
+        self.sealed = Some((id, manifest));
+        Ok(())
+    }
+
+    /// Takes what the run put into QEMU out again. A failure is told, and tried again by the next run.
+    fn release(&mut self, outcome: Outcome) {
+        let Some(plan) = &self.plan else { return };
+        if !self.owes.release {
+            return;
+        }
+        self.owes.release = false;
+        let note = Note { run: self.receipt.run.clone(), plan: plan.clone(), outcome };
+        let noted = if outcome == Outcome::Kept { self.journal.write(&note) } else { Ok(()) };
+        let released = point::release(&mut self.monitor, plan, outcome);
+        let cleared = if released.is_ok() { self.journal.clear() } else { Ok(()) };
+        let failed = released.err().map(|e| e.to_string());
+        self.left = failed.or_else(|| noted.and(cleared).err().map(|e| e.to_string()));
+    }
+
+    fn fail(&mut self, error: SnapshotError) {
+        self.failure.get_or_insert(error);
+    }
+
+    fn finish(mut self) -> Result<Taken, SnapshotError> {
+        debug_assert!(matches!(self.run.state(), State::Kept | State::Abandoned), "{:?}", self.run.state());
+        match (self.sealed.take(), self.verdict.take()) {
+            (Some((id, manifest)), Some(verdict)) => {
+                let receipt = std::mem::take(&mut self.receipt);
+                Ok(Taken { id, manifest, receipt, verdict, left: self.left.take() })
+            }
+            _ => Err(self.failure.take().unwrap_or(SnapshotError::Interrupted)),
+        }
+    }
+}
+
+impl Drop for Carrier<'_> {
+    /// A panic, or an early return: nobody is left to tell.
+    fn drop(&mut self) {
+        if self.owes.thaw {
+            self.thaw();
+        }
+        if self.owes.release {
+            self.release(Outcome::Dropped);
+        }
+    }
+}
+
+/// What restore and boot need to know about a disk.
+fn disk_facts(disk: &Disk, bitmap: &str) -> BTreeMap<String, String> {
+    let mut facts = BTreeMap::from([
+        (BITMAP_FACT.to_owned(), bitmap.to_owned()),
+        ("format".to_owned(), disk.format.clone()),
+    ]);
+    if let Ok(serde_json::Value::String(bus)) = serde_json::to_value(disk.bus) {
+        facts.insert("bus".to_owned(), bus);
+    }
+    facts.extend(disk.serial.iter().map(|serial| ("serial".to_owned(), serial.clone())));
+    facts
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
