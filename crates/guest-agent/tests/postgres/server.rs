@@ -15,7 +15,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Version {
     bin: PathBuf,
     template: PathBuf,
-    _folder: TempDir,
 }
 
 impl Version {
@@ -58,7 +57,8 @@ impl Version {
         let mut initdb = as_postgres(&bin.join("initdb"));
         initdb.args(["--no-sync", "-U", "postgres", "--auth-local=peer", "-E", "UTF8", "--locale=C", "-D"]);
         assert!(run(initdb.arg(&template)), "initdb failed");
-        Some(Self { bin, template, _folder: folder })
+        remove_at_exit(folder);
+        Some(Self { bin, template })
     }
 }
 
@@ -206,6 +206,18 @@ impl Drop for Server {
             assert!(ended.code().is_some() || ended.signal().is_some());
         }
     }
+}
+
+/// What all tests of this process share is never dropped; without this it would stay.
+fn remove_at_exit(folder: TempDir) {
+    static FOLDERS: Mutex<Vec<TempDir>> = Mutex::new(Vec::new());
+    extern "C" fn remove() {
+        // A folder that cannot be removed is no fault of what was tested.
+        drop(FOLDERS.lock().map(|mut folders| folders.clear()));
+    }
+    FOLDERS.lock().unwrap().push(folder);
+    // SAFETY: `remove` takes nothing and cannot unwind; a second registration finds nothing left to do.
+    assert_eq!(unsafe { libc::atexit(remove) }, 0);
 }
 
 /// A command run as the user `postgres`, ending with this thread.
