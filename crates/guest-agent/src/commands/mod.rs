@@ -5,6 +5,7 @@
 
 mod exec;
 mod fsfreeze;
+mod fsinfo;
 mod info;
 mod jobs;
 mod osinfo;
@@ -19,6 +20,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::rc::Rc;
 
 /// Tokens with this bit belong to pipes of `guest-exec`.
@@ -102,9 +104,7 @@ impl Commands {
             Call::Info => Reply::Now(answer(&info::info(&self.version, |command| self.is_enabled(command)))),
             Call::GetTime => Reply::Now(time::now().map(Value::from)),
             Call::GetOsinfo => self.jobs.start(ticket, || answer(&osinfo::osinfo())),
-            Call::GetFsinfo => {
-                Reply::Now(Err(Error::generic("this build of the agent has no guest-get-fsinfo yet")))
-            }
+            Call::GetFsinfo => self.jobs.start(ticket, || answer(&fsinfo::fsinfo(Path::new("/"))?)),
             Call::Shutdown(mode) => self.jobs.start(ticket, move || shutdown::shutdown(mode)),
             Call::Exec(exec) => {
                 let starter = self.exec.starter();

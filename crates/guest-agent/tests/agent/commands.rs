@@ -97,6 +97,16 @@ fn osinfo_is_read_from_the_file_that_the_environment_names() {
 }
 
 #[test]
+fn fsinfo_lists_what_lies_on_block_devices() {
+    let agent = Agent::start();
+    let filesystems = agent.client().call("guest-get-fsinfo", json!({}));
+    for filesystem in filesystems.as_array().expect("a list") {
+        assert_ne!(filesystem["type"], "proc");
+        assert!(filesystem["mountpoint"].is_string() && filesystem["disk"].is_array(), "{filesystem}");
+    }
+}
+
+#[test]
 fn a_thawed_guest_says_so() {
     let agent = Agent::start();
     let mut client = agent.client();
