@@ -9,6 +9,6 @@ test:
 test-long:
 	cargo xtask test-long
 bench:
-	cargo xtask bench
+	cargo xtask bench $(WHAT)
 check:
 	cargo xtask check

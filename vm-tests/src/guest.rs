@@ -2,6 +2,7 @@
 
 use crate::accelerator::{Accelerator, accelerator};
 use crate::acks::Acks;
+use crate::commands::{AS_POSTGRES, DATA_RECORDS, ROOT_RECORDS, psql};
 use crate::harness::{self, Harness, Output};
 use crate::image::Image;
 use crate::qemu::{Disk, Machine, Qemu};
@@ -364,19 +365,4 @@ impl Guest {
     fn or_serial<T, E: fmt::Display>(&self, what: &str, result: Result<T, E>) -> T {
         result.unwrap_or_else(|error| panic!("{what}: {error}\n{}", self.serial_tail()))
     }
-}
-
-/// The never-synced records on the root's ext4.
-pub const ROOT_RECORDS: &str = "/var/tmp/records";
-/// The never-synced records on the data disk's xfs.
-pub const DATA_RECORDS: &str = "/var/lib/postgresql/records";
-const AS_POSTGRES: &str = "/usr/bin/setpriv --reuid=postgres --regid=postgres --init-groups";
-
-/// The shell command in the guest for one SQL statement.
-#[must_use]
-pub fn psql(database: &str, statement: &str) -> String {
-    let quoted = statement.replace('\'', r"'\''");
-    format!(
-        "cd / && {AS_POSTGRES} /usr/lib/postgresql/15/bin/psql --no-psqlrc -qAt -v ON_ERROR_STOP=1 -d {database} -c '{quoted}'"
-    )
 }

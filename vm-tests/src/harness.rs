@@ -29,7 +29,6 @@ impl Output {
     ///
     /// # Panics
     /// If it did not.
-    #[must_use]
     #[track_caller]
     pub fn success(self) -> String {
         assert_eq!(self.code, 0, "the command in the guest failed: {}{}", self.out, self.err);

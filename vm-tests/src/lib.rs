@@ -19,6 +19,7 @@
 
 mod accelerator;
 mod acks;
+mod commands;
 mod guest;
 mod harness;
 mod image;
@@ -28,7 +29,10 @@ mod qemu;
 
 pub use accelerator::{Accelerator, accelerator};
 pub use acks::{Ack, Acks};
-pub use guest::{Agent, DATA_RECORDS, DiskFormat, Guest, GuestBuilder, ROOT_RECORDS, psql};
+pub use commands::{
+    CHECK_FILE_SYSTEMS, DATA_RECORDS, RECOVERY_LOG, ROOT_RECORDS, amcheck, count_records, psql,
+};
+pub use guest::{Agent, DiskFormat, Guest, GuestBuilder};
 pub use harness::{Output, shell};
 pub use image::Image;
 pub use qemu::{Disk, Machine};

@@ -1,7 +1,10 @@
 //! The guest itself: boots, works, acknowledges, survives a pulled plug.
 
 use std::time::Duration;
-use vm_tests::{Agent, DATA_RECORDS, DiskFormat, Guest, Machine, ROOT_RECORDS};
+use vm_tests::{
+    Agent, CHECK_FILE_SYSTEMS, DATA_RECORDS, DiskFormat, Guest, Machine, RECOVERY_LOG, ROOT_RECORDS, amcheck,
+    count_records,
+};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -36,10 +39,13 @@ fn a_guest_with_the_stock_agent_takes_commits_and_comes_back_after_a_pulled_plug
     let found: u64 = guest.sql("select count(*) from commits").parse().expect("a number");
     println!("{found} commits after {recovered:.1?}");
     assert!(found >= committed, "{found} of {committed} commits");
-    for file in [ROOT_RECORDS, DATA_RECORDS] {
-        let kept = guest.exec(&format!("/run/stillpoint/load --count {file}"));
-        println!("{file}: {} {}", kept.out.trim(), kept.err.trim());
-    }
+    let kept = |file| guest.exec(&count_records(file)).success().trim().parse::<u64>().expect("a number");
+    println!("never synced and still there: {} on ext4, {} on xfs", kept(ROOT_RECORDS), kept(DATA_RECORDS));
+    print!("{}", guest.exec(RECOVERY_LOG).success());
+    guest.exec(&amcheck("bench")).success();
+    let checked = guest.exec(CHECK_FILE_SYSTEMS);
+    println!("{}", checked.out);
+    checked.success();
     println!("powered off in {:.1?}", guest.power_off(LIMIT));
 }
 

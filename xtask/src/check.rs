@@ -24,11 +24,15 @@ pub(crate) fn dependencies(install: bool) -> Result<(), String> {
         }
         cargo(&["install", "cargo-deny", "--locked", "--quiet"]).run()?;
     }
-    // Advisories need the network, and change without us: they are part of the long run.
-    let what: &[&str] = if install {
-        &["deny", "check"]
-    } else {
-        &["deny", "--offline", "check", "bans", "licenses", "sources"]
-    };
-    cargo(what).run()
+    cargo(&["deny", "--offline", "check", "bans", "licenses", "sources"]).run()?;
+    // Advisories change without us and need the network: they are part of the long run, and say so where there is none.
+    if install {
+        match cargo(&["deny", "fetch", "db"]).run() {
+            Ok(()) => cargo(&["deny", "--offline", "check", "advisories"]).run()?,
+            Err(error) => {
+                eprintln!("check: advisories are NOT checked, their database cannot be fetched: {error}")
+            }
+        }
+    }
+    Ok(())
 }

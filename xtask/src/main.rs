@@ -13,6 +13,7 @@ const USAGE: &str = "\
 cargo xtask COMMAND
 
   check          format, lints, dependencies, and the paths that documents name
+  tidy           only the paths that documents name
   test           check, unit tests, the guest image, tests in real guests: what CI runs
   test-long      test, and what takes longer than a change should wait for
   demo           a working guest, its snapshots, and the proof [--sabotage no-freeze|drop-frame]
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         arguments.split_first().map_or(("help", &[][..]), |(first, rest)| (first.as_str(), rest));
     let done = match command {
         "check" => check::check(),
+        "tidy" => tidy::tidy(),
         "test" => test(),
         "test-long" => test().and_then(|()| check::dependencies(true)),
         "demo" => in_guest("demo", rest),
