@@ -4,7 +4,7 @@
 
 mod support;
 
-use qmp::block::{QueryBlock, QueryNamedBlockNodes};
+use qmp::block::{BlockdevAdd, QueryBlock, QueryNamedBlockNodes};
 use qmp::export::{NbdServerStart, QueryBlockExports, SocketAddress};
 use qmp::machine::{Cont, QueryStatus, Stop};
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use support::{Qemu, device_io, image, run};
 use vm::disks::{Base, Disk, base};
 use vm::machine::{drives, nodes};
 use vm::monitor::Monitor;
+use vm::point::steps::Step;
 use vm::point::{
     self, DiskExport, DiskRequest, Outcome, Plan, PointError, Request, release, restart::Restarter,
 };
@@ -312,7 +313,7 @@ fn a_disarmed_restarter_says_nothing() {
     let (mut qemu, mut monitor) = running();
     let restarter = Restarter::arm(monitor.duplicate_socket().unwrap()).unwrap();
     monitor.run(&Stop {}).unwrap();
-    restarter.disarm();
+    drop(restarter.disarm());
     drop(monitor);
     assert!(!qemu.monitor().run(&QueryStatus {}).unwrap().running);
 }
@@ -424,6 +425,83 @@ fn a_full_scratch_breaks_the_snapshot_and_not_the_guests_writes() {
     assert!(
         qemu.log().contains("read 8388608/8388608") && !qemu.log().contains("Pattern verification failed")
     );
+}
+
+#[test]
+fn a_scratch_that_hangs_delays_a_guests_write_no_longer_than_agreed() {
+    let (qemu, mut monitor) = running();
+    image(qemu.folder.path(), "slow.raw", "raw", "64M");
+    let mut server = Command::new("qemu-nbd")
+        .current_dir(qemu.folder.path())
+        .args(["--persistent", "--format=raw", "--export-name=slow", "--socket"])
+        .arg(qemu.path("slow"))
+        .arg("slow.raw")
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !qemu.path("slow").exists() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut plan = both(&qemu, &mut monitor, "s1", None, false);
+    plan.cbw_timeout_s = 2;
+    plan.disks.truncate(1);
+    // The scratch image's bytes lie on a server that can be made to hang, not in a file.
+    for step in plan.prepare_steps() {
+        match step {
+            Step::Open(BlockdevAdd::File { node_name, .. }) => {
+                let path = qemu.path("slow");
+                let node = serde_json::json!({
+                    "driver": "nbd", "node-name": node_name, "export": "slow",
+                    "server": { "type": "unix", "path": path },
+                });
+                monitor.run_raw("blockdev-add", &node, Duration::from_secs(20)).unwrap();
+            }
+            step => step.run(&mut monitor).unwrap(),
+        }
+    }
+    for step in plan.cut_steps().iter().chain(&plan.export_steps()) {
+        step.run(&mut monitor).unwrap();
+    }
+    let export = &plan.exports()[0];
+    assert!(reads(&plan, export, "read -P 0x11 0 1M"));
+    let signal = |name: &str| run(Command::new("kill").args([name, &server.id().to_string()]));
+    signal("-STOP");
+    let began = Instant::now();
+    write(&mut monitor, RAW, 0x99, MIB, 4096);
+    let took = began.elapsed();
+    signal("-CONT");
+    assert!(qemu.log().contains("wrote 4096/4096"), "{}", qemu.log());
+    assert!((1..6).contains(&took.as_secs()), "{took:?}");
+    assert!(!reads(&plan, export, "read 8M 4096"), "the snapshot broke instead");
+    release(&mut monitor, &plan, Outcome::Dropped).unwrap();
+    server.kill().unwrap();
+    server.wait().unwrap();
+}
+
+#[test]
+fn holes_of_a_sparse_disk_are_seen_in_a_full_read() {
+    let mut qemu = Qemu::start(
+        |folder| {
+            image(folder, "a.raw", "raw", "16M");
+            image(folder, "b.qcow2", "qcow2", "16M");
+        },
+        &DISKS,
+    );
+    let mut monitor = qemu.monitor();
+    write(&mut monitor, RAW, 0x10, 4 * MIB, MIB);
+    write(&mut monitor, QCOW2, 0x20, 8 * MIB, MIB);
+    let plan = both(&qemu, &mut monitor, "s1", None, false);
+    let exports = cut(&mut monitor, &plan);
+    let data = |export: &DiskExport| {
+        let text = run(Command::new("nbdinfo").arg("--map").arg(uri(&plan, export)));
+        let lines = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        lines.filter(|parts| parts[2] == "0").map(|parts| parts[1].parse::<u64>().unwrap()).sum::<u64>()
+    };
+    for export in &exports {
+        let bytes = data(export);
+        assert!((MIB..=2 * MIB).contains(&bytes), "{}: {bytes} bytes of data", export.disk);
+    }
+    release(&mut monitor, &plan, Outcome::Dropped).unwrap();
 }
 
 #[test]

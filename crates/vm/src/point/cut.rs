@@ -2,7 +2,7 @@
 
 use crate::monitor::{Monitor, MonitorError};
 use crate::point::plan::{DiskExport, Plan};
-use crate::point::restart::Restarter;
+use crate::point::restart::{Disarmed, Restarter};
 use crate::point::steps::StepError;
 use qmp::machine::{Cont, QueryStatus, Stop};
 use std::io;
@@ -46,10 +46,11 @@ pub struct Prepared<'p> {
 }
 
 /// The disks are cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Cut {
     /// How long the vCPUs were stopped; absent if they did not run before.
     pub stopped: Option<Duration>,
+    _restarter: Disarmed,
 }
 
 /// Does everything slow: scratch images, filters, NBD server. The guest runs on undisturbed.
@@ -93,7 +94,7 @@ impl Prepared<'_> {
         let running = match monitor.run(&QueryStatus {}) {
             Ok(status) => status.running,
             Err(error) => {
-                self.restarter.disarm();
+                drop(self.restarter.disarm());
                 return Err(error.into());
             }
         };
@@ -108,13 +109,13 @@ impl Prepared<'_> {
             monitor.run(&Cont {}).map_err(PointError::Paused)?;
         }
         let stopped = began.elapsed();
-        self.restarter.disarm();
-        outcome.map(|()| Cut { stopped: running.then_some(stopped) })
+        let restarter = self.restarter.disarm();
+        outcome.map(|()| Cut { stopped: running.then_some(stopped), _restarter: restarter })
     }
 
     /// Ends without a cut.
     pub fn abandon(self) {
-        self.restarter.disarm();
+        drop(self.restarter.disarm());
     }
 }
 

@@ -314,3 +314,120 @@ impl DiskPlan {
         Some(BitmapReference { node: self.disk.node.clone(), name })
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::disks::Bus;
+
+    pub(in crate::point) fn disk(name: &str, keeps_bitmaps: bool) -> Disk {
+        Disk {
+            name: name.into(),
+            device: format!("/machine/peripheral/{name}"),
+            node: format!("{name}-node"),
+            format: "raw".into(),
+            file: String::new(),
+            size_bytes: 1 << 30,
+            serial: None,
+            pci: None,
+            bus: Bus::VirtioBlk,
+            keeps_bitmaps,
+            io_thread: false,
+        }
+    }
+
+    pub(in crate::point) fn request(bases: &[Option<&str>], only_base: bool) -> Request {
+        let disks = bases.iter().enumerate().map(|(number, base)| DiskRequest {
+            disk: disk(&format!("d{number}"), number % 2 == 1),
+            base: base.map(str::to_owned),
+            only_base,
+        });
+        Request {
+            tag: "abcd1234".into(),
+            repository: "repo".into(),
+            snapshot: "new".into(),
+            folder: "/run/stillpoint/scratch".into(),
+            cbw_timeout_s: 10,
+            disks: disks.collect(),
+        }
+    }
+
+    #[test]
+    fn a_bitmap_is_as_fine_as_32_mib_of_memory_allow() {
+        for (size_bytes, granularity) in [
+            (0, 4096),
+            (1 << 40, 4096),
+            ((1 << 40) + 4096, 8192),
+            (1 << 41, 8192),
+            (16 << 40, 65536),
+            (u64::MAX, 1 << 30),
+        ] {
+            assert_eq!(granularity_bytes(size_bytes), granularity, "{size_bytes}");
+        }
+    }
+
+    #[test]
+    fn names_fit_into_qemus_limits_for_every_disk() {
+        let plan = Plan::new(&request(&vec![None; 1000], false)).unwrap();
+        let mut names = std::collections::BTreeSet::new();
+        for disk in &plan.disks {
+            for name in [&disk.file_node, &disk.scratch_node, &disk.filter_node, &disk.access_node] {
+                assert!(name.len() <= NODE_NAME_BYTES_MAX && name.starts_with(OUR_PREFIX), "{name}");
+                assert!(names.insert(name.clone()), "{name} twice");
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_named_is_refused() {
+        let check = |change: fn(&mut Request)| {
+            let mut request = request(&[None], false);
+            change(&mut request);
+            Plan::new(&request).unwrap_err()
+        };
+        assert!(matches!(check(|request| request.tag = "ABCD1234".into()), PlanError::Tag(_)));
+        assert!(matches!(check(|request| request.tag = "abc".into()), PlanError::Tag(_)));
+        assert!(matches!(check(|request| request.folder = "relative".into()), PlanError::Folder(_)));
+        assert!(matches!(
+            check(|request| request.folder = format!("/{}", "x".repeat(110)).into()),
+            PlanError::Folder(_)
+        ));
+        assert!(matches!(check(|request| request.snapshot = String::new()), PlanError::Bitmap(_)));
+        assert!(matches!(check(|request| request.snapshot = "a b".into()), PlanError::Bitmap(_)));
+        assert!(matches!(check(|request| request.disks.clear()), PlanError::NoDisk));
+        assert!(matches!(
+            check(|request| request.disks = vec![request.disks[0].clone(); 1001]),
+            PlanError::TooManyDisks(1001)
+        ));
+    }
+
+    #[test]
+    fn a_filter_limited_to_the_base_is_opened_in_the_stop_and_another_before_it() {
+        let opens_filter = |steps: Vec<Step>| {
+            steps.iter().any(|step| matches!(step, Step::Open(BlockdevAdd::CopyBeforeWrite { .. })))
+        };
+        let limited = Plan::new(&request(&[Some("old")], true)).unwrap();
+        assert!(!opens_filter(limited.prepare_steps()) && opens_filter(limited.cut_steps()));
+        let whole = Plan::new(&request(&[Some("old")], false)).unwrap();
+        assert!(opens_filter(whole.prepare_steps()) && !opens_filter(whole.cut_steps()));
+        let full = Plan::new(&request(&[None], true)).unwrap();
+        assert!(opens_filter(full.prepare_steps()), "without a base there is nothing to limit to");
+    }
+
+    #[test]
+    fn in_the_stop_one_transaction_ends_the_old_bitmaps_and_begins_the_new_before_any_filter_is_in_place() {
+        let plan = Plan::new(&request(&[Some("old"), None], false)).unwrap();
+        let steps = plan.cut_steps();
+        let Step::Change(actions) = &steps[0] else { panic!("{steps:?}") };
+        let actions: Vec<_> = actions.iter().map(|action| serde_json::to_string(action).unwrap()).collect();
+        assert_eq!(
+            actions,
+            [
+                r#"{"type":"block-dirty-bitmap-disable","data":{"node":"d0-node","name":"old"}}"#,
+                r#"{"type":"block-dirty-bitmap-add","data":{"node":"d0-node","name":"stillpoint-repo-new","granularity":4096,"persistent":false}}"#,
+                r#"{"type":"block-dirty-bitmap-add","data":{"node":"d1-node","name":"stillpoint-repo-new","granularity":4096,"persistent":true}}"#,
+            ]
+        );
+        assert!(steps[1..].iter().all(|step| matches!(step, Step::SetDrive { .. })) && steps.len() == 3);
+    }
+}

@@ -43,21 +43,24 @@ impl Restarter {
         Ok(Self { child, pipe })
     }
 
-    /// Ends the shell without a word to QEMU.
-    pub fn disarm(mut self) {
+    /// Ends the shell without a word to QEMU. Its end is waited for when the answer is dropped: not in the freeze.
+    pub fn disarm(mut self) -> Disarmed {
         if let Some(mut pipe) = self.pipe.take() {
             // If the shell is gone already, it cannot do anything either.
             pipe.write_all(b"done\n").ok();
         }
-        self.child.wait().ok();
+        Disarmed(self)
     }
 }
 
 impl Drop for Restarter {
     fn drop(&mut self) {
         // Closing the pipe is what makes the shell act; it ends by itself a second later.
-        if self.pipe.take().is_some() {
-            self.child.wait().ok();
-        }
+        drop(self.pipe.take());
+        self.child.wait().ok();
     }
 }
+
+/// A restarter that was told to end.
+#[derive(Debug)]
+pub struct Disarmed(#[expect(dead_code, reason = "held for its Drop, which reaps the shell")] Restarter);

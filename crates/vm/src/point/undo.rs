@@ -233,3 +233,149 @@ fn bitmap_actions(plan: &Plan, disk: &DiskPlan, facts: &Facts, outcome: Outcome)
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::point::plan::tests::request;
+    use qmp::block::Device;
+
+    fn plan() -> Plan {
+        Plan::new(&request(&[Some("stillpoint-repo-old")], false)).unwrap()
+    }
+
+    fn node(name: &str, bitmaps: &[(&str, bool)]) -> Node {
+        let bitmap = |(name, recording): &(&str, bool)| Bitmap {
+            name: Some((*name).to_owned()),
+            recording: *recording,
+            ..Bitmap::default()
+        };
+        Node {
+            node_name: Some(name.to_owned()),
+            dirty_bitmaps: bitmaps.iter().map(bitmap).collect(),
+            ..Node::default()
+        }
+    }
+
+    /// What is there while a disk is copied.
+    fn in_the_middle() -> Facts {
+        let plan = plan();
+        let disk = &plan.disks[0];
+        let bitmaps = [
+            ("stillpoint-repo-old", false),
+            ("stillpoint-repo-new", true),
+            ("stillpoint-other-x", true),
+            ("someone-elses", true),
+        ];
+        let mut nodes = vec![node(&disk.disk.node, &bitmaps)];
+        nodes.extend(
+            [&disk.file_node, &disk.scratch_node, &disk.filter_node, &disk.access_node]
+                .map(|name| node(name, &[])),
+        );
+        Facts {
+            devices: vec![Device {
+                qdev: Some("d0".into()),
+                inserted: Some(node(&disk.filter_node, &[])),
+                ..Device::default()
+            }],
+            nodes,
+            exports: vec![Export { id: disk.export.clone(), ..Export::default() }],
+            status: Status { running: true, status: "running".into() },
+            server_listens: true,
+            files: vec![disk.scratch_file.clone(), plan.socket.clone()],
+            folder: true,
+            ..Facts::default()
+        }
+    }
+
+    fn show(facts: &Facts, outcome: Outcome) -> Vec<String> {
+        let line = |step: Step| match step {
+            Step::Change(actions) => {
+                let name = |action: &Action| match action {
+                    Action::BlockDirtyBitmapRemove(action) => format!("remove {}", action.name),
+                    Action::BlockDirtyBitmapEnable(action) => format!("enable {}", action.name),
+                    Action::BlockDirtyBitmapMerge(action) => {
+                        format!("merge {} into {}", action.bitmaps[0].name, action.target)
+                    }
+                    other => format!("{other:?}"),
+                };
+                actions.iter().map(name).collect::<Vec<_>>().join(", ")
+            }
+            Step::SetDrive { device, node } => format!("{device} uses {node}"),
+            Step::EndExport(id) => format!("end export {id}"),
+            Step::Close(node) => format!("close {node}"),
+            Step::RemoveFile(path) => format!("remove file {}", path.display()),
+            other => format!("{other:?}"),
+        };
+        steps(&plan(), facts, outcome).into_iter().map(line).collect()
+    }
+
+    const TAIL: [&str; 2] = ["StopServer", "remove file /run/stillpoint/scratch/0.qcow2"];
+
+    #[test]
+    fn a_good_run_is_taken_apart_in_reverse_and_its_bitmap_stays() {
+        let expected = [
+            "end export stillpoint-abcd1234-0",
+            "close stillpoint-abcd1234-0-old",
+            "/machine/peripheral/d0 uses d0-node",
+            "close stillpoint-abcd1234-0-cbw",
+            "close stillpoint-abcd1234-0-new",
+            "close stillpoint-abcd1234-0-file",
+            "remove stillpoint-repo-old",
+        ];
+        let folder = ["RemoveFolder(\"/run/stillpoint/scratch\")"];
+        assert_eq!(show(&in_the_middle(), Outcome::Kept), [&expected[..], &TAIL, &folder].concat());
+    }
+
+    #[test]
+    fn a_failed_run_gives_its_writes_back_to_the_old_bitmap_which_records_before_it_receives() {
+        let steps = show(&in_the_middle(), Outcome::Dropped);
+        let expected = "enable stillpoint-repo-old, merge stillpoint-repo-new into stillpoint-repo-old, remove stillpoint-repo-new";
+        assert!(steps.iter().any(|step| step == expected), "{steps:#?}");
+    }
+
+    #[test]
+    fn nothing_is_done_where_nothing_is() {
+        let untouched = Facts {
+            devices: vec![Device {
+                qdev: Some("d0".into()),
+                inserted: Some(node("d0-node", &[])),
+                ..Device::default()
+            }],
+            nodes: vec![node("d0-node", &[("stillpoint-repo-old", true), ("someone-elses", true)])],
+            status: Status { running: true, status: "running".into() },
+            ..Facts::default()
+        };
+        for outcome in [Outcome::Kept, Outcome::Dropped] {
+            assert!(steps(&plan(), &untouched, outcome).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_device_that_uses_its_disk_already_is_never_set_to_it_again() {
+        let mut facts = in_the_middle();
+        facts.devices[0].inserted = Some(node("d0-node", &[]));
+        let steps = show(&facts, Outcome::Dropped);
+        assert!(!steps.iter().any(|step| step.contains(" uses ")), "{steps:#?}");
+    }
+
+    #[test]
+    fn a_server_that_others_use_stays() {
+        let mut facts = in_the_middle();
+        facts.exports.push(Export { id: "theirs".into(), ..Export::default() });
+        assert!(!show(&facts, Outcome::Kept).iter().any(|step| step == "StopServer"));
+        let mut facts = in_the_middle();
+        facts.server_listens = false; // the server that runs, if any, does not listen on our socket
+        assert!(!show(&facts, Outcome::Kept).iter().any(|step| step == "StopServer"));
+    }
+
+    #[test]
+    fn a_vm_that_somebody_else_paused_stays_paused_and_one_left_in_the_cut_runs_again() {
+        let mut facts = in_the_middle();
+        facts.status = Status { running: false, status: "paused".into() };
+        assert!(!show(&facts, Outcome::Dropped).iter().any(|step| step == "Resume"), "the cut was over");
+        let access = plan().disks[0].access_node.clone();
+        facts.nodes.retain(|node| node.node_name.as_ref() != Some(&access));
+        assert_eq!(show(&facts, Outcome::Dropped)[0], "Resume");
+    }
+}
