@@ -57,7 +57,11 @@ impl Agent {
             reported_version: options.reported_version,
             blocked: options.blocked,
             allowed: options.allowed,
-            runs: run::Settings { statedir: options.statedir, ..run::Settings::default() },
+            runs: run::Settings {
+                statedir: options.statedir,
+                compat_lease: options.compat_lease,
+                ..run::Settings::default()
+            },
         };
         let commands =
             Commands::new(settings, poll.clone()).map_err(failed("cannot use the state folder"))?;

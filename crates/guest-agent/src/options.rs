@@ -2,9 +2,11 @@
 //!
 //! What qemu-ga knows and this agent does not carry out yet is refused by name, never ignored.
 
+use guest_protocol::stillpoint::LEASE_MS_MAX;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Version that is reported to hosts, which compare it as QEMU's. It is the one whose behaviour is kept.
 pub const REPORTED_VERSION: &str = "11.1.3";
@@ -40,6 +42,8 @@ pub struct Options {
     pub allowed: Option<Vec<String>>,
     /// `--report-version`, ours.
     pub reported_version: String,
+    /// `--compat-lease-ms`, ours: how long a plain `guest-fsfreeze-freeze` may hold the guest.
+    pub compat_lease: Duration,
 }
 
 impl Default for Options {
@@ -54,6 +58,7 @@ impl Default for Options {
             blocked: Vec::new(),
             allowed: None,
             reported_version: REPORTED_VERSION.to_owned(),
+            compat_lease: Duration::from_millis(LEASE_MS_MAX),
         }
     }
 }
@@ -85,6 +90,7 @@ Serves the QEMU guest agent protocol inside a guest.
   -b, --block-rpcs=A,B      refuse these commands ('help' lists all)
   -a, --allow-rpcs=A,B      refuse all but these commands
       --report-version=V    version that hosts are told (default: 11.1.3)
+      --compat-lease-ms=N   how long guest-fsfreeze-freeze may hold the guest (default and most: 300000)
   -V, --version             print the version
   -h, --help                print this
 ";
@@ -100,6 +106,7 @@ enum Takes {
 const FLAGS: &[(&str, char, Takes)] = &[
     ("allow-rpcs", 'a', Takes::Value),
     ("block-rpcs", 'b', Takes::Value),
+    ("compat-lease-ms", 'L', Takes::Value),
     ("config", 'c', Takes::Value),
     ("daemonize", 'd', Takes::Nothing),
     ("dump-conf", 'D', Takes::Nothing),
@@ -203,6 +210,16 @@ fn apply(options: &mut Options, flag: char, value: OsString) -> Result<Option<Wi
         'b' => options.blocked.extend(list(&value)),
         'a' => options.allowed.get_or_insert_default().extend(list(&value)),
         'R' => options.reported_version = value.to_string_lossy().into_owned(),
+        'L' => {
+            let lease_ms = value.to_str().and_then(|text| text.parse().ok());
+            let Some(lease_ms) = lease_ms.filter(|lease_ms| (1..=LEASE_MS_MAX).contains(lease_ms)) else {
+                return Err(format!(
+                    "'{}' is no number of milliseconds up to {LEASE_MS_MAX}",
+                    value.display()
+                ));
+            };
+            options.compat_lease = Duration::from_millis(lease_ms);
+        }
         'V' => return Ok(Some(Wish::Version)),
         'h' => return Ok(Some(Wish::Help)),
         _ => {
@@ -260,6 +277,7 @@ mod tests {
             ("--ver", "option '--ver' is ambiguous"),
             ("--nope", "unrecognized option '--nope'"),
             ("-p", "option requires an argument -- 'p'"),
+            ("--compat-lease-ms=300001", "'300001' is no number of milliseconds up to 300000"),
             ("--verbose=1", "option 'v' doesn't allow an argument"),
         ] {
             assert_eq!(options(line), Err(words.to_owned()), "{line}");

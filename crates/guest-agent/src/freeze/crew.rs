@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Stack of a thread that makes one call at a time.
 const STACK_BYTES: usize = 64 << 10;
+/// How often a wait looks whether it is still wanted.
+const MOMENT: Duration = Duration::from_millis(5);
 /// Pause before a FITHAW that failed for a reason of the file system's own is tried again.
 const RETRY: Duration = Duration::from_millis(50);
 
@@ -64,19 +66,22 @@ impl Crew {
     }
 
     /// Writes out what each file system holds in memory, all at once. Answers how long each one took; `None` for
-    /// those that are not done at the deadline.
-    pub fn flush(&mut self, deadline: Instant) -> Vec<Option<Duration>> {
+    /// those that are not done at the deadline, or when `interrupted`, which is asked every few milliseconds.
+    pub fn flush(&mut self, deadline: Instant, interrupted: impl Fn() -> bool) -> Vec<Option<Duration>> {
         self.turn += 1;
         let order = Order::Flush { turn: self.turn };
         let mut waiting = (0..self.orders.len()).filter(|at| self.order(*at, order)).count();
         let mut took = vec![None; self.orders.len()];
         while waiting > 0 {
-            let Ok(done) = self.done.recv_timeout(deadline.saturating_duration_since(Instant::now())) else {
-                break;
-            };
-            if done.turn == self.turn {
-                took[done.at] = Some(done.took);
-                waiting -= 1;
+            match self.hear(deadline) {
+                Ok(done) if done.turn == self.turn => {
+                    took[done.at] = Some(done.took);
+                    waiting -= 1;
+                }
+                // The late answer to a flush that was given up.
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline && !interrupted() => {}
+                Err(_) => break,
             }
         }
         took
@@ -91,8 +96,7 @@ impl Crew {
         }
         let mut waiting = which.len();
         while waiting > 0 {
-            let slice = Instant::now() + Duration::from_millis(5);
-            match self.done.recv_timeout(slice.min(deadline).saturating_duration_since(Instant::now())) {
+            match self.hear(deadline) {
                 Ok(done) if done.turn == self.turn => waiting -= 1,
                 // The late answer to a flush that was given up.
                 Ok(_) => {}
@@ -104,6 +108,12 @@ impl Crew {
             }
         }
         true
+    }
+
+    /// The next answer, waiting for it no longer than a moment.
+    fn hear(&self, deadline: Instant) -> Result<Done, RecvTimeoutError> {
+        let moment = (Instant::now() + MOMENT).min(deadline);
+        self.done.recv_timeout(moment.saturating_duration_since(Instant::now()))
     }
 
     /// Thaws what we froze and nobody else has taken upon himself, last frozen first. Does not wait: see `Ledger::settled`.

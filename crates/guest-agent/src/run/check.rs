@@ -2,10 +2,11 @@
 
 use super::Refusal;
 use super::evidence::{boot_id, ms};
-use super::walk::survey;
+use super::walk::{state_stays_writable, survey};
+use crate::freeze::developer::is_developers_machine;
 use crate::freeze::gather::read_bounded;
 use crate::quiesce::Applications;
-use guest_protocol::stillpoint::{CheckArguments, CheckReport, FilesystemState, Want};
+use guest_protocol::stillpoint::{CheckArguments, CheckReport, FilesystemState, Reason, Want};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -27,9 +28,15 @@ const WITHOUT_FREEZE: &[&str] = &[
 ];
 
 /// Looks, rehearses and predicts.
-pub(super) fn check(arguments: &CheckArguments) -> Result<CheckReport, Refusal> {
+pub(super) fn check(arguments: &CheckArguments, statedir: &Path) -> Result<CheckReport, Refusal> {
     let surveyed = survey(None)?;
     let mut evidence = surveyed.evidence("", 0);
+    if let Err(refusal) = state_stays_writable(statedir, &surveyed.plan) {
+        evidence.reason(Reason::new(refusal.code, statedir.to_string_lossy(), refusal.message));
+    }
+    if is_developers_machine() {
+        evidence.reason(Reason::new("developers_machine", "", "this program will freeze nothing here"));
+    }
     let mut applications = Applications::discover(&arguments.applications, Instant::now() + APPLICATIONS_MAX);
     if arguments.want == Want::Application {
         applications.rehearse(Instant::now() + APPLICATIONS_MAX);

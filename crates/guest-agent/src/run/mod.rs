@@ -110,10 +110,9 @@ impl Runs {
         if self.shared.is_frozen() {
             return self.shared.finish(ticket, Err(busy("a rehearsal cannot run while the guest is frozen")));
         }
-        let shared = Arc::clone(&self.shared);
-        self.spawn(ticket, move || {
-            let outcome = check::check(&args).map(|report| Outcome::Checked(Box::new(report)));
-            shared.finish(ticket, outcome);
+        let statedir = self.settings.statedir.clone();
+        self.spawn(ticket, move |owed| {
+            owed.answer(check::check(&args, &statedir).map(|report| Outcome::Checked(Box::new(report))));
         });
     }
 
@@ -167,14 +166,16 @@ impl Runs {
         }
         let shared = Arc::clone(&self.shared);
         let statedir = self.settings.statedir.clone();
-        self.spawn(ticket, move || carry_out(&shared, order, &statedir, ticket));
-    }
-
-    fn spawn(&self, ticket: u64, work: impl FnOnce() + Send + 'static) {
-        if let Err(error) = thread::Builder::new().name("run".to_owned()).spawn(work) {
-            self.shared.finish(ticket, Err(Refusal { code: "no_thread", message: error.to_string() }));
+        if !self.spawn(ticket, move |owed| carry_out(&shared, order, &statedir, owed)) {
             self.shared.end(None, 0, None);
         }
+    }
+
+    /// Starts the work in a thread; answers whether it could be had.
+    fn spawn(&self, ticket: u64, work: impl FnOnce(Owed) + Send + 'static) -> bool {
+        let owed = Owed { shared: Arc::clone(&self.shared), ticket: Some(ticket) };
+        // Without a thread, `owed` is dropped with the work and answers.
+        thread::Builder::new().name("run".to_owned()).spawn(move || work(owed)).is_ok()
     }
 
     /// Extends the lease of the run that holds the guest.
@@ -239,11 +240,11 @@ impl Runs {
     fn thaw_foreign(&self, ticket: u64) {
         let shared = Arc::clone(&self.shared);
         let records = Records::new(&self.settings.statedir);
-        self.spawn(ticket, move || {
+        self.spawn(ticket, move |owed| {
             let thawed = undo::thaw_foreign();
             records.unmark();
             shared.set_frozen(false);
-            shared.finish(ticket, Ok(Outcome::Count(thawed)));
+            owed.answer(Ok(Outcome::Count(thawed)));
         });
     }
 
@@ -291,7 +292,7 @@ impl Drop for Runs {
 }
 
 /// A run from its first step to its last, in its own thread.
-fn carry_out(shared: &Arc<Shared>, order: Order, statedir: &std::path::Path, ticket: u64) {
+fn carry_out(shared: &Arc<Shared>, order: Order, statedir: &std::path::Path, owed: Owed) {
     // However this thread ends, the main loop must not believe for ever that a run holds the guest.
     let ending = Ending { shared, done: false };
     let (id, plain, lease_ms) = (order.id.clone(), order.plain, order.lease_ms);
@@ -302,14 +303,14 @@ fn carry_out(shared: &Arc<Shared>, order: Order, statedir: &std::path::Path, tic
         Ok(frozen) => frozen,
         Err(stopped) => {
             log!(Warning, "freeze {id} failed: {}", stopped.refusal);
-            shared.finish(ticket, Err(stopped.refusal.clone()));
+            owed.answer(Err(stopped.refusal.clone()));
             return ending.end(plain, &id, *stopped);
         }
     };
     let count = frozen.count();
     if plain && count == 0 {
         let stopped = frozen.thaw(Phase::Host);
-        shared.finish(ticket, Ok(Outcome::Count(0)));
+        owed.answer(Ok(Outcome::Count(0)));
         return ending.end(plain, &id, *stopped);
     }
     let outcome = if plain {
@@ -322,9 +323,32 @@ fn carry_out(shared: &Arc<Shared>, order: Order, statedir: &std::path::Path, tic
             freeze_ms: frozen.freeze_ms(),
         })
     };
-    shared.finish(ticket, Ok(outcome));
+    owed.answer(Ok(outcome));
     let why = frozen.wait();
     ending.end(plain, &id, *frozen.thaw(why));
+}
+
+/// The answer to a ticket, given on a panic too: a host must not wait for ever.
+struct Owed {
+    shared: Arc<Shared>,
+    ticket: Option<u64>,
+}
+
+impl Owed {
+    fn answer(mut self, outcome: Result<Outcome, Refusal>) {
+        if let Some(ticket) = self.ticket.take() {
+            self.shared.finish(ticket, outcome);
+        }
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket.take() {
+            let message = "the agent could not carry it out; what was frozen is thawed".to_owned();
+            self.shared.finish(ticket, Err(Refusal { code: "internal", message }));
+        }
+    }
 }
 
 /// Ends the run for the main loop, on a panic too.

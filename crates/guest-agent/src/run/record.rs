@@ -80,7 +80,8 @@ impl Records {
     }
 
     /// Writes a new record. The ledger comes last: without it nothing was frozen.
-    pub(super) fn create(&self, record: &Record) -> io::Result<Ledger> {
+    pub(super) fn create(&self, record: &Record) -> io::Result<(Ledger, Written)> {
+        let written = Written { records: self.clone() };
         let path = self.record_path();
         let new = self.folder.join("freeze-undo.json.new");
         let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
@@ -94,7 +95,7 @@ impl Records {
         let ledger = Ledger::create(&self.ledger_path(), &devices)?;
         // The lock belongs to the open file, which the guard inherits: it is held until both are gone.
         flock(ledger.file(), FlockOperation::NonBlockingLockExclusive)?;
-        Ok(ledger)
+        Ok((ledger, written))
     }
 
     /// What a dead agent left, if anything.
@@ -130,5 +131,23 @@ impl Records {
 
     pub(super) fn is_marked(&self) -> bool {
         self.mark_path().exists()
+    }
+}
+
+/// A record of this agent's own, removed with the value: by then everything is thawed, or was never frozen.
+#[derive(Debug)]
+pub(super) struct Written {
+    records: Records,
+}
+
+impl Written {
+    pub(super) fn records(&self) -> &Records {
+        &self.records
+    }
+}
+
+impl Drop for Written {
+    fn drop(&mut self) {
+        self.records.remove();
     }
 }

@@ -11,7 +11,7 @@ use crate::freeze::ledger::{Ledger, Phase, Thaw};
 use crate::freeze::plan::{Plan, Superblock, plan};
 use crate::freeze::reach::{mount_devices, reach};
 use crate::log;
-use guest_protocol::stillpoint::{GuestReport, Reason, ThawCause};
+use guest_protocol::stillpoint::{GuestReport, Reason, State, ThawCause};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
@@ -37,7 +37,9 @@ pub(super) fn take_up(shared: &Arc<Shared>, records: &Records) -> bool {
         records.unmark();
         return false;
     }
+    // Nothing else can hold the guest: this is the agent's first act.
     shared.begin(&record.id);
+    shared.lock().state = State::Thawing;
     shared.set_frozen(true);
     let (shared, records) = (Arc::clone(shared), records.clone());
     let undo = {
@@ -59,7 +61,13 @@ pub(super) fn take_up(shared: &Arc<Shared>, records: &Records) -> bool {
             shared.end(Some(report), thawed, ended);
         }
     };
-    thread::Builder::new().name("undo".to_owned()).spawn(undo).is_ok()
+    if thread::Builder::new().name("undo".to_owned()).spawn(undo).is_err() {
+        // Without a thread nothing can be undone now; the record stays for the next agent.
+        log!(Critical, "no thread to thaw what an agent before this one left frozen");
+        shared.set_frozen(false);
+        shared.end(None, 0, None);
+    }
+    true
 }
 
 fn undo(record: &Record, ledger: &Arc<Ledger>) -> GuestReport {

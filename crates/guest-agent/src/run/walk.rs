@@ -3,7 +3,7 @@
 
 use super::Refusal;
 use super::evidence::{Evidence, ms};
-use super::record::{Record, Recorded, Records};
+use super::record::{Record, Recorded, Records, Written};
 use super::shared::Shared;
 use crate::freeze::counters::{Counters, counters};
 use crate::freeze::crew::Crew;
@@ -83,7 +83,8 @@ struct Held {
 struct Run {
     shared: Arc<Shared>,
     order: Order,
-    records: Records,
+    /// Removed with the rest, after `Frozen` has thawed.
+    record: Written,
     applications: Applications,
     evidence: Evidence,
     held: Vec<Held>,
@@ -98,7 +99,6 @@ impl Run {
         self.guard.end();
         self.applications.resume(Instant::now() + RESUME_MAX);
         self.evidence.applications(&self.applications);
-        self.records.remove();
         self.evidence.reason(Reason::new(refusal.code, "", refusal.message.clone()));
         Box::new(Stopped { refusal, report: self.evidence.report, cause })
     }
@@ -110,7 +110,8 @@ impl Run {
         let mut before = FLUSH_LONGEST;
         for _ in 0..ROUNDS_MAX {
             let begun = Instant::now();
-            last = self.crew.flush(deadline);
+            let shared = &self.shared;
+            last = self.crew.flush(deadline, || shared.is_stopped());
             let took = begun.elapsed();
             self.evidence.report.flush_rounds_ms.push(ms(took));
             let converges = took < before * 4 / 5;
@@ -239,17 +240,16 @@ impl Prepared {
             lease_ms: order.lease_ms,
             filesystems: recorded,
         };
-        let records = Records::new(statedir);
-        let machinery = || -> std::io::Result<(Arc<Ledger>, Crew, Guard)> {
-            let ledger = Arc::new(records.create(&record)?);
+        let machinery = || -> std::io::Result<(Written, Arc<Ledger>, Crew, Guard)> {
+            let (ledger, written) = Records::new(statedir).create(&record)?;
+            let ledger = Arc::new(ledger);
             let crew = Crew::start(&folders, &ledger)?;
             let guard = Guard::start(&ledger, &folders)?;
-            Ok((ledger, crew, guard))
+            Ok((written, ledger, crew, guard))
         };
-        let (ledger, crew, guard) = match machinery() {
+        let (record, ledger, crew, guard) = match machinery() {
             Ok(machinery) => machinery,
             Err(error) => {
-                records.remove();
                 return Err(failed(evidence, Refusal { code: "guard_failed", message: error.to_string() }));
             }
         };
@@ -275,7 +275,7 @@ impl Prepared {
             evidence.reason(Reason::new("writers_incomplete", "/proc", "not every process was looked at"));
         }
         let shared = Arc::clone(shared);
-        let mut run = Run { shared, order, records, applications, evidence, held, ledger, crew, guard };
+        let mut run = Run { shared, order, record, applications, evidence, held, ledger, crew, guard };
         run.flush(deadline.max(Instant::now() + ROUND_FAST));
         run.evidence.report.prepare_ms = ms(begun.elapsed());
         match run.shared.enter(State::Quiescing) {
@@ -308,7 +308,7 @@ impl Prepared {
 }
 
 /// The state folder must stay writable while frozen, and must not be what is frozen.
-fn state_stays_writable(statedir: &Path, plan: &Plan) -> Result<(), Refusal> {
+pub(super) fn state_stays_writable(statedir: &Path, plan: &Plan) -> Result<(), Refusal> {
     let folder: PathBuf = statedir.to_owned();
     match superblock_of(&folder) {
         Ok(Some(device)) if plan.superblocks.iter().any(|superblock| superblock.device == device) => {
@@ -354,7 +354,7 @@ impl Quiesced {
             }
         }
         let before = run.held.iter().enumerate().map(|(at, _)| counters(run.ledger.device(at))).collect();
-        if let Err(error) = run.records.mark() {
+        if let Err(error) = run.record.records().mark() {
             return Err(
                 run.stopped(Refusal { code: "statedir_unusable", message: error.to_string() }, Phase::Failed)
             );
@@ -494,7 +494,7 @@ impl Frozen {
             thread::sleep(SETTLE_LOOK);
         }
         run.shared.set_frozen(false);
-        run.records.unmark();
+        run.record.records().unmark();
         logging::release();
     }
 
@@ -508,7 +508,7 @@ impl Frozen {
         let unfrozen = (0..run.held.len()).any(|at| run.ledger.frozen(at) == Freeze::Unsupported);
         // Nobody asks for the proof of a run that failed.
         let flushed = if unfrozen && refusal.is_none() {
-            run.crew.flush(Instant::now() + PROOF_MAX)
+            run.crew.flush(Instant::now() + PROOF_MAX, || false)
         } else {
             Vec::new()
         };
@@ -548,7 +548,6 @@ impl Frozen {
         {
             run.evidence.reason(Reason::new(refusal.code, "", refusal.message.clone()));
         }
-        run.records.remove();
         let refusal = refusal.unwrap_or_else(|| aborted(cause));
         Box::new(Stopped { refusal, report: run.evidence.report, cause })
     }
@@ -558,9 +557,6 @@ impl Drop for Frozen {
     fn drop(&mut self) {
         // Early return or panic: nobody is left to tell.
         self.release(Phase::Failed);
-        if let Some(run) = &self.run {
-            run.records.remove();
-        }
     }
 }
 

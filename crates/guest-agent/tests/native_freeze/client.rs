@@ -31,17 +31,45 @@ impl Inside {
 
     /// Starts an agent and waits until it listens.
     pub(crate) fn agent(&self) -> Agent {
+        self.started(Command::new("/bin/stillpoint-agent"))
+    }
+
+    /// One whose plain freezes have a lease of this many milliseconds.
+    pub(crate) fn agent_with_compat_lease(&self, lease_ms: u64) -> Agent {
+        let mut command = Command::new("/bin/stillpoint-agent");
+        command.arg(format!("--compat-lease-ms={lease_ms}"));
+        self.started(command)
+    }
+
+    /// Starts an agent in a mount namespace of its own, whose root is a folder that `Build::system` filled.
+    pub(crate) fn agent_in(&self, root: &'static str) -> Agent {
+        let mut command = Command::new("/bin/stillpoint-agent");
+        // SAFETY: a fresh process with one thread, whose only work these system calls are.
+        unsafe {
+            std::os::unix::process::CommandExt::pre_exec(&mut command, move || {
+                if libc::unshare(libc::CLONE_NEWNS) != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                use rustix::mount as m;
+                m::mount_change("/", m::MountPropagationFlags::PRIVATE | m::MountPropagationFlags::REC)?;
+                for folder in ["proc", "sys", "run", "dev"] {
+                    m::mount_bind(format!("/{folder}"), format!("{root}/{folder}"))?;
+                }
+                std::env::set_current_dir(root)?;
+                rustix::process::pivot_root(".", "old")?;
+                m::unmount("/old", m::UnmountFlags::DETACH)?;
+                std::env::set_current_dir("/")
+            });
+        }
+        self.started(command)
+    }
+
+    fn started(&self, mut command: Command) -> Agent {
         // The last agent's socket would seem to be this one's.
         let _removed = fs::remove_file(SOCKET).is_ok();
         let log = File::options().create(true).append(true).open("/run/agent.log").unwrap();
-        let child = Command::new("/bin/stillpoint-agent")
-            .args(["-m", "unix-listen", "-p", SOCKET, "-t", "/run", "-v"])
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
+        command.args(["-m", "unix-listen", "-p", SOCKET, "-t", "/run", "-v"]).env_clear();
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let agent = Agent { child };
         until("the agent listens", Duration::from_secs(20), || UnixStream::connect(SOCKET).is_ok());
         agent
@@ -106,7 +134,7 @@ impl Inside {
 
     /// Starts a process in a mount namespace of its own and answers its id once it has prepared that.
     pub(crate) fn in_other_namespace(&self, prepare: fn()) -> i32 {
-        let mut command = Command::new("/bin/stillpoint-agent");
+        let mut command = Command::new("/bin/sleeper");
         command.arg("--sleep").env_clear().stdin(Stdio::null());
         // SAFETY: a fresh process with one thread; the system calls of `prepare` are its only work.
         unsafe {

@@ -7,7 +7,6 @@
 
 #![expect(clippy::unwrap_used, reason = "a step that fails ends the test, which is what it is for")]
 
-mod agent;
 mod client;
 mod outside;
 mod private_root;
@@ -15,15 +14,12 @@ mod rescue;
 mod scenes;
 
 fn main() {
-    guest_agent::freeze::guard::main_if_guard();
-    guest_agent::quiesce::worker::main_if_worker();
     let arguments: Vec<String> = std::env::args().collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.get(1..) {
         Some(["--stage", name, folder]) => private_root::stage(scenes::find(name), folder.as_ref()),
         Some(["--inside", name, folder]) => private_root::inside(scenes::find(name), folder.as_ref()),
         Some(["--sleep"]) => std::thread::sleep(std::time::Duration::from_secs(300)),
-        Some(["-m", ..]) => agent::main(),
         Some(["--rescue", seconds, fds @ ..]) => rescue::main(seconds, fds),
         _ => outside::main(words.get(1..).unwrap_or_default()),
     }

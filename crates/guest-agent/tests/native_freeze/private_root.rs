@@ -146,6 +146,15 @@ impl Build {
         self.mounts.retain(|mount| mount != inside.trim_start_matches('/'));
     }
 
+    /// Puts the agent, its libraries and the usual folders on a mounted file system, so that it can be a root.
+    pub(crate) fn system(&self, inside: &str) {
+        for name in ["bin", "dev", "proc", "sys", "run", "old"] {
+            self.folder(&format!("{inside}/{name}"));
+        }
+        let build = Build { root: self.path(inside), mounts: Vec::new(), throttled: Vec::new() };
+        install(&build, &self.path("bin/stillpoint-agent"), "bin/stillpoint-agent");
+    }
+
     /// A path as it is outside the new root, for what the scene does by hand.
     pub(crate) fn outside(&self, inside: &str) -> PathBuf {
         self.path(inside)
@@ -173,7 +182,8 @@ pub(crate) fn stage(scene: &Scene, folder: &Path) {
         )
         .unwrap();
     }
-    install(&build, "/proc/self/exe".as_ref(), "bin/stillpoint-agent");
+    install(&build, env!("CARGO_BIN_EXE_stillpoint-agent").as_ref(), "bin/stillpoint-agent");
+    install(&build, "/proc/self/exe".as_ref(), "bin/sleeper");
     (scene.build)(&mut build);
     println!("throttled {}", build.throttled.join(" "));
     println!("mounts {}", build.mounts.join(" "));

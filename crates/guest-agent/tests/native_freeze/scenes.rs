@@ -72,6 +72,7 @@ scenes! {
         let place = |name: &str| order.iter().position(|one| one.to_str() == Some(name)).unwrap();
         assert!(place("/inner") < place("/carrier"), "the table is not in the order that this is about");
         std::fs::write("/inner/file", vec![1u8; 1 << 20]).unwrap();
+        the_wrong_order_waits_for_ever();
         let agent = inside.agent();
         for round in 0..3 {
             let id = format!("r{round}");
@@ -433,6 +434,29 @@ scenes! {
         kill(other, libc::SIGKILL);
     };
 
+    an_agent_whose_own_root_is_frozen_goes_on_answering: |build| {
+        build.filesystem("ext4", "/root");
+        build.filesystem("ext4", "/root/data");
+        build.system("/root");
+    }, |inside| {
+        let agent = inside.agent_in("/root");
+        let answer = agent.freeze("r", 3_000);
+        assert_eq!(answer["frozen"], 2, "{answer}");
+        inside.expect_blocked(&["/root", "/root/data"]);
+        for _ in 0..20 {
+            assert_eq!(agent.state(), "frozen");
+        }
+        let report = agent.thaw("r");
+        let (root, data) = (filesystem(&report, "/"), filesystem(&report, "/data"));
+        assert_eq!((&root["state"], &data["state"]), (&json!("held"), &json!("held")), "{report}");
+        let order: Vec<_> = report["filesystems"].as_array().unwrap().iter().map(|one| &one["mountpoint"]).collect();
+        assert_eq!(order, [&json!("/data"), &json!("/")], "the root file system last");
+        assert_eq!(agent.freeze("s", 1_000)["frozen"], 2);
+        agent.signal(libc::SIGKILL);
+        inside.until_writable("/root", Duration::from_secs(1));
+        inside.until_writable("/root/data", Duration::from_secs(1));
+    };
+
     unknown_writers_are_listed: two, |inside| {
         let _open = File::create("/a/open").unwrap();
         let agent = inside.agent();
@@ -479,11 +503,8 @@ scenes! {
         inside.expect_writable(&["/a"]);
     };
 
-    the_first_plain_thaw_after_the_compat_lease_says_that_it_ended: |build| {
-        ext4(build);
-        std::fs::write(build.outside("/run/compat_lease_ms"), b"1000").unwrap();
-    }, |inside| {
-        let agent = inside.agent();
+    the_first_plain_thaw_after_the_compat_lease_says_that_it_ended: ext4, |inside| {
+        let agent = inside.agent_with_compat_lease(1_000);
         assert_eq!(agent.ask("guest-fsfreeze-freeze", json!({})), 1);
         inside.until_writable("/data", Duration::from_secs(3));
         until("the run is over", Duration::from_secs(5), || agent.state() == "thawed");
@@ -494,9 +515,27 @@ scenes! {
     one_run_at_a_time_holds_the_guest: two, |inside| {
         let agent = inside.agent();
         agent.freeze("r", 20_000);
-        assert!(agent.refused("stillpoint-freeze", json!({"id": "s", "lease_ms": 1000})).contains("another run"));
+        assert!(agent.refused("stillpoint-freeze", json!({"id": "s", "lease_ms": 1000})).contains("disabled"));
         assert_eq!(filesystem(&agent.thaw("r"), "/a")["state"], "held");
     };
+}
+
+/// What the scene above is about, shown without the agent: the carrier first, and the inner freeze never returns.
+fn the_wrong_order_waits_for_ever() {
+    let carrier = File::open("/carrier").unwrap();
+    kernel::freeze(carrier.as_fd()).unwrap();
+    let inner = std::thread::spawn(|| {
+        let inner = File::open("/inner").unwrap();
+        kernel::freeze(inner.as_fd()).unwrap();
+        kernel::thaw(inner.as_fd()).unwrap();
+    });
+    std::thread::sleep(Duration::from_millis(800));
+    assert!(
+        !inner.is_finished(),
+        "the inner file system froze: then the order does not matter and this shows nothing"
+    );
+    kernel::thaw(carrier.as_fd()).unwrap();
+    inner.join().unwrap();
 }
 
 /// Says why a scene cannot be played here.
