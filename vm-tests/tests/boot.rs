@@ -61,3 +61,20 @@ fn a_guest_on_raw_disks_of_the_old_machine_powers_off_when_its_agent_is_asked() 
     println!("agent after {:.1?}", guest.agent_ready(LIMIT));
     println!("powered off in {:.1?}", guest.power_off(LIMIT));
 }
+
+#[test]
+fn our_agent_answers_in_the_guest_and_is_started_again_when_it_is_killed() {
+    let guest = Guest::builder().append("stillpoint.postgresql=off").start().expect("QEMU starts");
+    println!("our agent after {:.1?}", guest.agent_ready(LIMIT));
+    let mut agent = vm::agent::Agent::connect(&guest.agent_socket(), LIMIT).expect("it answers");
+    agent.ping().expect("it answers");
+    let resident = guest.exec("busybox grep VmRSS /proc/$(busybox pidof stillpoint-agent)/status").success();
+    println!("version {}, {}", agent.info().version, resident.trim());
+    drop(agent);
+    let pid = "busybox pidof stillpoint-agent";
+    let first = guest.exec(pid).success();
+    guest.exec("busybox killall -KILL stillpoint-agent").success();
+    println!("again after {:.1?}", guest.agent_ready(LIMIT));
+    assert_ne!(guest.exec(pid).success(), first);
+    println!("powered off in {:.1?}", guest.power_off(LIMIT));
+}
