@@ -233,10 +233,13 @@ impl Agent {
         let (request, bytes) = self.client.request(command, arguments);
         self.send(&bytes, deadline)?;
         loop {
-            let until = if cancel.is_some() { deadline.min(Instant::now() + CANCEL_LATENCY) } else { deadline };
+            let until =
+                if cancel.is_some() { deadline.min(Instant::now() + CANCEL_LATENCY) } else { deadline };
             let events = match self.receive(until)? {
                 Some(events) => events,
-                None if until < deadline && cancel.is_some_and(|cancel| !cancel.load(Ordering::SeqCst)) => continue,
+                None if until < deadline && cancel.is_some_and(|cancel| !cancel.load(Ordering::SeqCst)) => {
+                    continue;
+                }
                 None => return Ok(None),
             };
             for event in events {

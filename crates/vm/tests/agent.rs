@@ -7,11 +7,14 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vm::agent::{Agent, AgentError, Kind};
 
 const SHORT: Duration = Duration::from_millis(400);
+/// A cancel flag that nobody raises.
+static GO_ON: AtomicBool = AtomicBool::new(false);
 const LONG: Duration = Duration::from_secs(10);
 
 /// What the scripted agent does with a request.
@@ -165,6 +168,30 @@ fn a_thaw_gets_through_after_a_call_that_was_never_answered() {
 }
 
 #[test]
+fn a_wait_that_is_interrupted_ends_at_once_and_the_thaw_gets_through() {
+    let scripted = Scripted::start(|name, _| match name {
+        "guest-info" => info(true),
+        "stillpoint-freeze" => Reply::Nothing,
+        _ => thaw_report(),
+    });
+    let mut agent = Agent::connect(&scripted.path(), LONG).unwrap();
+    let cancel = AtomicBool::new(false);
+    let began = Instant::now();
+    let error = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(SHORT);
+            cancel.store(true, Ordering::SeqCst);
+        });
+        agent.stillpoint_freeze(&freeze(), &cancel).unwrap_err()
+    });
+    assert!(matches!(error, AgentError::Interrupted { .. }), "{error}");
+    assert!(began.elapsed() >= SHORT && began.elapsed() < Duration::from_secs(5));
+    assert_eq!(agent.stillpoint_thaw(&thaw(), LONG).unwrap().id, "r1");
+    drop(agent);
+    scripted.end();
+}
+
+#[test]
 fn a_late_answer_is_not_taken_for_that_of_the_next_call() {
     let scripted = Scripted::start(|name, _| match name {
         "guest-info" => info(true),
@@ -172,7 +199,7 @@ fn a_late_answer_is_not_taken_for_that_of_the_next_call() {
         _ => Reply::Answer(json!(2)),
     });
     let mut agent = Agent::connect(&scripted.path(), LONG).unwrap();
-    assert!(matches!(agent.fsfreeze_freeze(SHORT), Err(AgentError::Timeout { .. })));
+    assert!(matches!(agent.fsfreeze_freeze(SHORT, &GO_ON), Err(AgentError::Timeout { .. })));
     assert_eq!(agent.fsfreeze_thaw(LONG).unwrap(), 2);
     drop(agent);
     scripted.end();
@@ -186,7 +213,7 @@ fn a_channel_that_closes_in_the_middle_is_connected_anew_for_the_thaw() {
         _ => thaw_report(),
     });
     let mut agent = Agent::connect(&scripted.path(), LONG).unwrap();
-    assert!(matches!(agent.stillpoint_freeze(&freeze()), Err(AgentError::Io(_))));
+    assert!(matches!(agent.stillpoint_freeze(&freeze(), &GO_ON), Err(AgentError::Io(_))));
     assert_eq!(agent.stillpoint_thaw(&thaw(), LONG).unwrap().id, "r1");
     drop(agent);
     assert_eq!(scripted.end(), ["guest-info", "stillpoint-freeze", "stillpoint-thaw"]);
@@ -201,7 +228,7 @@ fn an_error_of_the_agent_leaves_the_channel_usable() {
         _ => thaw_report(),
     });
     let mut agent = Agent::connect(&scripted.path(), LONG).unwrap();
-    let error = agent.stillpoint_freeze(&freeze()).unwrap_err();
+    let error = agent.stillpoint_freeze(&freeze(), &GO_ON).unwrap_err();
     assert!(
         matches!(&error, AgentError::Failed { desc, .. } if desc.starts_with("budget_exceeded:")),
         "{error}"
@@ -290,7 +317,7 @@ fn a_real_qemu_ga_is_understood() {
     assert!(!output.succeeded());
     let error = agent.exec("/bin/sleep", &["5"], SHORT).unwrap_err();
     assert!(matches!(error, AgentError::Timeout { .. }), "{error}");
-    assert!(matches!(agent.fsfreeze_freeze(LONG), Err(AgentError::NotOffered { .. })));
+    assert!(matches!(agent.fsfreeze_freeze(LONG, &GO_ON), Err(AgentError::NotOffered { .. })));
     assert!(matches!(agent.stillpoint_status(), Err(AgentError::NotOffered { .. })));
     // An unfinished request that an earlier program left in the channel does not spoil the conversation.
     drop(agent);
