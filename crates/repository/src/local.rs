@@ -176,7 +176,6 @@ fn store_error(doing: String, error: &(dyn std::error::Error + 'static)) -> Erro
         innermost = error;
         source = error.source();
     }
-    let _: &dyn std::error::Error = innermost;
     Error::Store { doing, cause: Arc::from(innermost.to_string()) }
 }
 
@@ -189,12 +188,28 @@ fn io_error(doing: String, error: &io::Error) -> Error {
 }
 
 fn is_full(error: &io::Error) -> bool {
+    // `source` of an error that wraps another passes over the wrapped one itself.
+    let wrapped = error.get_ref().and_then(|inner| inner.downcast_ref::<io::Error>());
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+        || wrapped.is_some_and(is_full)
 }
 
-/// Used by tests that need an `Arc<dyn Objects>`.
-impl From<LocalObjects> for Arc<dyn Objects> {
-    fn from(objects: LocalObjects) -> Arc<dyn Objects> {
-        Arc::new(objects)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_recognised_however_deep_it_is_wrapped() {
+        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded] {
+            let inner = io::Error::other(io::Error::from(kind));
+            let wrapped = object_store::Error::Generic { store: "local", source: Box::new(inner) };
+            assert!(matches!(store_error("writing".into(), &wrapped), Error::StoreFull { .. }));
+        }
+        let other = io::Error::from(io::ErrorKind::PermissionDenied);
+        let wrapped = object_store::Error::Generic { store: "local", source: Box::new(other) };
+        let Error::Store { cause, .. } = store_error("writing".into(), &wrapped) else {
+            panic!("taken for full")
+        };
+        assert_eq!(&*cause, "permission denied");
     }
 }

@@ -172,7 +172,12 @@ fn damage_is_reported_for_every_snapshot_that_needs_it_and_for_no_other() {
     assert_eq!(found.len(), 2);
     // Which of the 128 KiB frames lies first in a pack is up to the threads; both snapshots lost the same one.
     assert_eq!(found[0].1, found[1].1);
-    assert_eq!(found.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [first, second]);
+    // All three were created in the same millisecond, so their ids are in no order.
+    let mut hurt = [found[0].0, found[1].0];
+    hurt.sort();
+    let mut expected = [first, second];
+    expected.sort();
+    assert_eq!(hurt, expected);
     assert!(house.open().verify(Some(&third), &mut |_, _| ()).unwrap().damage.is_empty());
 }
 
@@ -202,11 +207,10 @@ fn exchanged_objects_are_noticed() {
     let manifests = house.place().join("manifests");
     std::fs::copy(manifests.join(first.to_string()), manifests.join(second.to_string())).unwrap();
     assert!(matches!(repository.manifest(&second), Err(Error::Damaged { .. })));
-    let (_, summary) = &repository.snapshots().unwrap()[1.min(repository.snapshots().unwrap().len() - 1)];
-    assert!(
-        repository.snapshots().unwrap().iter().any(|(id, summary)| *id == second && summary.damage.is_some()),
-        "{summary:?}"
-    );
+    // It stays in the list, as a damaged one; the other is as it was.
+    let listed = repository.snapshots().unwrap();
+    let damaged = listed.iter().filter(|(_, summary)| summary.damage.is_some()).map(|(id, _)| *id);
+    assert_eq!((listed.len(), damaged.collect::<Vec<_>>()), (2, vec![second]));
 }
 
 #[test]
@@ -218,8 +222,9 @@ fn a_writer_killed_halfway_leaves_others_fine() {
 
     // The same test program, as the writer that dies: see `the_writer_that_is_killed`.
     let mut child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "the_writer_that_is_killed", "--nocapture"])
+        .args(["--exact", "the_writer_that_is_killed", "--ignored"])
         .env("STILLPOINT_TEST_VICTIM", house.folder.path())
+        .env("XDG_CACHE_HOME", house.folder.path())
         .stdout(std::process::Stdio::null())
         .stderr(std::process::Stdio::null())
         .spawn()
@@ -246,12 +251,10 @@ fn a_writer_killed_halfway_leaves_others_fine() {
     assert!(read_all(&house.open(), next).unwrap() == after);
 }
 
-/// Not a test by itself: writes for ever when it is started by `a_writer_killed_halfway_leaves_others_fine`.
 #[test]
+#[ignore = "no test by itself: it is the program that `a_writer_killed_halfway_leaves_others_fine` kills"]
 fn the_writer_that_is_killed() {
-    let Some(folder) = std::env::var_os("STILLPOINT_TEST_VICTIM").map(std::path::PathBuf::from) else {
-        return;
-    };
+    let folder = std::path::PathBuf::from(std::env::var_os("STILLPOINT_TEST_VICTIM").unwrap());
     let repository =
         Repository::open(&folder.join("repository"), &Secret::KeyFile(folder.join("key"))).unwrap();
     let writer = repository.begin().unwrap();

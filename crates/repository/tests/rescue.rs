@@ -5,6 +5,8 @@
 #![expect(clippy::unwrap_used, reason = "tests and their plumbing")]
 
 mod house;
+#[path = "house/old_content.rs"]
+mod old_content;
 use house::*;
 use repository::{DiskRoot, Repository, Secret, SnapshotId};
 use std::path::{Path, PathBuf};
@@ -103,6 +105,24 @@ fn the_rescue_reader_restores_disks_with_a_key_file_and_with_a_passphrase() {
         std::fs::write(&words, "wrong\n").unwrap();
         let refused = restored(python, &house, secret, *id, "disk0").unwrap_err();
         assert!(refused.contains("no key of this repository opens"), "{refused}");
+    });
+}
+
+#[test]
+fn the_rescue_reader_reads_format_1_as_it_was_released() {
+    with_python(|python| {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/repository-v1");
+        let (key, place) = (folder.join("key"), folder.join("repository"));
+        let house = House::new();
+        let expected = [("vda", old_content::second_disk()), ("kernel", old_content::kernel())];
+        for (part, content) in expected {
+            let output = house.folder.path().join(part);
+            // The second of two snapshots; their ids differ in the last digit of their time.
+            let words = ["restore", "01hf7yat02", part, output.to_str().unwrap()];
+            let done = rescue(python, &place, ["--key-file", key.to_str().unwrap()], &words);
+            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+            assert!(std::fs::read(output).unwrap() == content, "{part}");
+        }
     });
 }
 

@@ -224,5 +224,5 @@ impl Objects for Failing {
 }
 
 pub(crate) fn local(place: &Path) -> Arc<dyn Objects> {
-    LocalObjects::create(place).unwrap().into()
+    Arc::new(LocalObjects::create(place).unwrap())
 }
