@@ -1,19 +1,24 @@
 //! The agent's log: standard error or a file, and memory only while the guest is frozen.
 //!
 //! A line written while frozen could wait for the very file system that is frozen, so `hold` diverts lines into
-//! a bounded ring before the first FIFREEZE, and `release` writes them out after the last FITHAW.
+//! a bounded ring before the first FIFREEZE, and `release` writes them out after the last FITHAW. For the same
+//! reason the log file is opened beside the agent's work: one that starts while its guest is frozen must not wait.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::mpsc::channel;
 use std::sync::{Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Most lines kept while frozen; the oldest go first.
 const HELD_LINES_MAX: usize = 512;
 /// Longest line, in bytes; a longer one is cut.
 const LINE_BYTES_MAX: usize = 2048;
+/// How long the start waits for the log file to open, so that a wrong path is told at once.
+const OPEN_WAIT: Duration = Duration::from_secs(2);
 
 /// How much a line matters. Without `-v` only errors and worse are written, as qemu-ga does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -46,33 +51,55 @@ impl Level {
 struct Log {
     file: Option<File>,
     verbose: bool,
-    held: Option<VecDeque<String>>,
+    /// The guest is frozen.
+    held: bool,
+    /// The log file is not open yet.
+    opening: bool,
+    kept: VecDeque<String>,
 }
 
-static LOG: Mutex<Log> = Mutex::new(Log { file: None, verbose: false, held: None });
+static LOG: Mutex<Log> =
+    Mutex::new(Log { file: None, verbose: false, held: false, opening: false, kept: VecDeque::new() });
 
-/// Sets where lines go (`None`: standard error) and whether all levels are written.
-pub fn start(file: Option<File>, verbose: bool) {
-    with(|log| {
-        log.file = file;
-        log.verbose = verbose;
-    });
+/// Sets where lines go (`None`: standard error) and whether all levels are written. Where the file cannot be opened
+/// soon, lines stay in memory until it is.
+/// # Errors
+/// When the file cannot be opened.
+pub fn start(path: Option<PathBuf>, verbose: bool) -> io::Result<()> {
+    with(|log| log.verbose = verbose);
+    let Some(path) = path else { return Ok(()) };
+    with(|log| log.opening = true);
+    let (send, receive) = channel();
+    let open = move || {
+        let opened = File::options().append(true).create(true).open(path);
+        let told =
+            opened.as_ref().map(|_| ()).map_err(|error| io::Error::new(error.kind(), error.to_string()));
+        with(|log| {
+            log.file = opened.ok();
+            log.opening = false;
+            log.write_out();
+        });
+        // Nobody listens any more where it took long.
+        let _told = send.send(told).is_ok();
+    };
+    std::thread::Builder::new().name("log".to_owned()).spawn(open)?;
+    receive.recv_timeout(OPEN_WAIT).unwrap_or(Ok(()))
 }
 
 /// From now on lines stay in memory. Call before the first FIFREEZE.
 pub fn hold() {
     with(|log| {
+        log.held = true;
         // The room is taken now: while frozen nothing large is allocated.
-        log.held.get_or_insert_with(|| VecDeque::with_capacity(HELD_LINES_MAX));
+        log.kept.reserve(HELD_LINES_MAX);
     });
 }
 
 /// Writes out what was kept, and later lines at once. Call after the last FITHAW.
 pub fn release() {
     with(|log| {
-        for line in log.held.take().unwrap_or_default() {
-            log.emit(&line);
-        }
+        log.held = false;
+        log.write_out();
     });
 }
 
@@ -83,15 +110,11 @@ pub fn write(level: Level, message: fmt::Arguments<'_>) {
             return;
         }
         let line = line(level, message);
-        match &mut log.held {
-            Some(held) => {
-                if held.len() == HELD_LINES_MAX {
-                    held.pop_front();
-                }
-                held.push_back(line);
-            }
-            None => log.emit(&line),
+        if log.kept.len() == HELD_LINES_MAX {
+            log.kept.pop_front();
         }
+        log.kept.push_back(line);
+        log.write_out();
     });
 }
 
@@ -122,6 +145,15 @@ fn line(level: Level, message: fmt::Arguments<'_>) -> String {
 }
 
 impl Log {
+    fn write_out(&mut self) {
+        if self.held || self.opening {
+            return;
+        }
+        for line in std::mem::take(&mut self.kept) {
+            self.emit(&line);
+        }
+    }
+
     fn emit(&mut self, line: &str) {
         // A log that cannot be written has nowhere to say so.
         let _written = match &mut self.file {

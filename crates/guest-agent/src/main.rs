@@ -3,7 +3,6 @@
 use guest_agent::agent::Agent;
 use guest_agent::options::{self, Options, REPORTED_VERSION, USAGE, Wish};
 use guest_agent::{log, logging};
-use std::fs::File;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
@@ -36,17 +35,9 @@ fn print(text: &str) -> io::Result<()> {
     io::stdout().write_all(text.as_bytes())
 }
 
-fn run(options: Options) -> ExitCode {
-    let logfile =
-        match options.logfile.as_deref().map(|path| File::options().append(true).create(true).open(path)) {
-            None => None,
-            Some(Ok(file)) => Some(file),
-            Some(Err(error)) => {
-                eprintln!("stillpoint-agent: unable to open specified log file: {error}");
-                return ExitCode::FAILURE;
-            }
-        };
-    logging::start(logfile, options.verbose);
+fn run(mut options: Options) -> ExitCode {
+    let (logfile, verbose) = (options.logfile.take(), options.verbose);
+    // What a dead agent left frozen is thawed before anything is opened that may lie there.
     let agent = match Agent::start(options) {
         Ok(agent) => agent,
         Err(problem) => {
@@ -54,6 +45,10 @@ fn run(options: Options) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    if let Err(error) = logging::start(logfile, verbose) {
+        log!(Critical, "unable to open specified log file: {error}");
+        return ExitCode::FAILURE;
+    }
     match agent.serve() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -56,7 +56,7 @@ fn filesystem(root: &Path, mount: &Mount, device: DeviceNumber) -> Option<Filesy
         disk: disk::below(root, &folder),
         ..FilesystemInfo::default()
     };
-    if let Ok(stat) = rustix::fs::statvfs(&mountpoint(root, mount)) {
+    if let Ok(stat) = rustix::fs::statvfs(mountpoint(root, mount)) {
         let used = stat.f_blocks.saturating_sub(stat.f_bfree);
         info.used_bytes = Some(used.saturating_mul(stat.f_frsize));
         info.total_bytes = Some(used.saturating_add(stat.f_bavail).saturating_mul(stat.f_frsize));

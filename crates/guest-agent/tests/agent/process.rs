@@ -95,3 +95,25 @@ fn a_missing_port_is_fatal_unless_it_is_to_be_waited_for() {
     waiting.kill().expect("it runs");
     waiting.wait().expect("it ended");
 }
+
+#[test]
+fn a_log_file_that_cannot_be_opened_is_fatal() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut agent = Command::new(env!("CARGO_BIN_EXE_stillpoint-agent"));
+    agent.args(["-m", "unix-listen", "-l", "/nope/log", "-p"]).arg(folder.path().join("s"));
+    let output = agent.arg("-t").arg(folder.path()).output().expect("it runs");
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("unable to open specified log file: No such file or directory"), "{said}");
+}
+
+#[test]
+fn a_log_file_that_does_not_open_holds_up_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // Opening a pipe without a reader waits, as opening a file on a frozen file system does.
+    let pipe = folder.path().join("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
+        .expect("a pipe");
+    let agent = Agent::start_with(&["-l", pipe.to_str().expect("a plain path")], &[]);
+    assert_eq!(agent.client().ask(r#"{"execute":"guest-ping"}"#), r#"{"return": {}}"#);
+}
