@@ -505,6 +505,59 @@ fn holes_of_a_sparse_disk_are_seen_in_a_full_read() {
 }
 
 #[test]
+fn what_lies_in_a_backing_file_is_a_hole_but_not_zero_and_is_read() {
+    use vm::nbd_client::{Chunk, NbdClient, NbdClientError, ReadOptions};
+    let mut qemu = Qemu::start(
+        |folder| {
+            image(folder, "a.raw", "raw", "16M");
+            image(folder, "base.raw", "raw", "16M");
+            run(Command::new("qemu-io").current_dir(folder).args([
+                "-f",
+                "raw",
+                "-c",
+                "write -P 0x55 4M 4M",
+                "base.raw",
+            ]));
+            let create = "create -q -f qcow2 -F raw -b base.raw b.qcow2";
+            run(Command::new("qemu-img").current_dir(folder).args(create.split(' ')));
+        },
+        &DISKS,
+    );
+    let mut monitor = qemu.monitor();
+    write(&mut monitor, QCOW2, 0x66, 5 * MIB, MIB);
+    let plan = both(&qemu, &mut monitor, "s1", None, false);
+    let exports = cut(&mut monitor, &plan);
+    write(&mut monitor, QCOW2, 0x77, 6 * MIB, MIB);
+
+    let limit = Duration::from_secs(20);
+    let context = "base:allocation";
+    let mut client = NbdClient::connect(&plan.socket, &exports[1].export, &[context], limit).unwrap();
+    let mut ranges = vec![];
+    let mut at = 0;
+    for extent in client.extents(context, 0..16 * MIB).unwrap() {
+        if extent.flags & 2 == 0 {
+            ranges.push(at..at + extent.length);
+        }
+        at += extent.length;
+    }
+    let mut bytes = vec![0; 16 << 20];
+    client
+        .read_pipelined(ranges, ReadOptions::default(), |offset, chunk| {
+            let Chunk::Data(data) = chunk else { return Ok::<(), NbdClientError>(()) };
+            let offset = usize::try_from(offset).unwrap();
+            bytes[offset..offset + data.len()].copy_from_slice(data);
+            Ok(())
+        })
+        .unwrap();
+    let mut expected = vec![0; 16 << 20];
+    expected[4 << 20..8 << 20].fill(0x55);
+    expected[5 << 20..6 << 20].fill(0x66);
+    assert!(bytes == expected);
+    drop(client);
+    release(&mut monitor, &plan, Outcome::Dropped).unwrap();
+}
+
+#[test]
 fn a_disk_in_an_io_thread_is_refused_because_its_reader_could_take_qemu_down() {
     let mut arguments = DISKS.to_vec();
     arguments[3] = "virtio-blk-pci,drive=a,id=vd0,serial=A,iothread=io0";

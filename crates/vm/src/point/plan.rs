@@ -94,6 +94,9 @@ pub struct DiskPlan {
 }
 
 /// How to read one disk at the point.
+///
+/// In a full read only what `base:allocation` calls *zero* may be left out. What it calls a *hole* but not zero lies
+/// in a backing file: a `snapshot-access` node tells of the top of a chain only, and such parts are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskExport {
     /// Name of the disk.
