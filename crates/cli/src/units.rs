@@ -45,7 +45,7 @@ pub(crate) fn instant(ms: u64) -> String {
     time.map_or_else(
         || format!("{ms} ms"),
         |time| {
-            jiff::Zoned::new(time, jiff::tz::TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S %Z").to_string()
+            time.to_zoned_datetime(jiff::tz::TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S %Z").to_string()
         },
     )
 }
