@@ -1,5 +1,6 @@
 //! Each command: opens what it needs, lets `engine` work, and says what came of it.
 
+mod boot;
 mod check;
 mod listing;
 mod restore;
@@ -28,7 +29,7 @@ pub(crate) fn run(arguments: &Arguments, cancel: &Cancel) -> Result<Output, Expl
         Command::Snapshots { name } => listing::list(global, name.as_deref()),
         Command::Show { id } => listing::show(global, id),
         Command::Restore(wish) => restore::run(global, wish, cancel),
-        Command::Boot(_) => Err(Explanation::new(Exit::Failed, "x", "x", "x")),
+        Command::Boot(wish) => boot::run(global, wish, cancel),
         Command::Verify { id } => verify::run(global, id.as_deref()),
         Command::Delete { id } => delete(global, id),
     }

@@ -3,6 +3,7 @@
 //! Synchronous: a run is one thread that talks to one VM, and its stack trace tells the whole story.
 
 pub mod blocks;
+pub mod boot;
 pub mod check;
 mod copy;
 mod definition;

@@ -84,6 +84,11 @@ impl Register {
         Ok(Self { folder: folder.to_owned() })
     }
 
+    /// The state folder itself.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Folder of the journals.
     pub fn journals(&self) -> PathBuf {
         self.folder.join("journal")

@@ -1,0 +1,104 @@
+//! `boot`: an isolated twin, which lives as long as this command.
+
+use super::{of_register, of_repository, open_register, open_repository, read_manifest};
+use crate::Output;
+use crate::arguments::{BootArguments, Global};
+use crate::explain::{Exit, Explanation};
+use engine::boot::{BootError, TwinWish, start};
+use engine::watch::Cancel;
+use serde_json::json;
+use std::io::Write;
+use std::time::Duration;
+use vm::machine::Accelerator;
+
+pub(crate) fn run(global: &Global, wish: &BootArguments, cancel: &Cancel) -> Result<Output, Explanation> {
+    let accelerator = wish.accel.as_deref().map(accelerator).transpose()?;
+    let repository = open_repository(global)?;
+    let register = open_register(global)?;
+    let (id, manifest) = read_manifest(&repository, &wish.id)?;
+    let twin_wish = TwinWish {
+        memory_bytes: wish.memory.map(|mib| mib << 20),
+        cpus: wish.cpus,
+        accelerator,
+        folder: wish.folder.clone(),
+    };
+    let mut running =
+        start(&register, &repository, &manifest, &twin_wish).map_err(|error| explain(&error))?;
+    let files = running.files().clone();
+    let sockets = json!({
+        "event": "started", "snapshot": id.to_string(), "folder": files.folder(), "agent": files.agent(),
+        "monitor": files.monitor(), "console": files.console(), "pid": running.twin().pid(),
+        "accelerator": running.accelerator,
+    });
+    let text = format!(
+        "a twin of {id} runs, without a network ({})\n  agent    {}\n  monitor  {}\nCtrl-C ends it and discards what it wrote\n",
+        running.accelerator,
+        files.agent().display(),
+        files.monitor().display(),
+    );
+    let started = if global.json { format!("{sockets}\n") } else { text };
+    let mut out = std::io::stdout().lock();
+    // Whoever started us may not read it; the twin runs all the same.
+    let _ = out.write_all(started.as_bytes()).and_then(|()| out.flush());
+    drop(out);
+    let ended = loop {
+        if cancel.is_set() {
+            break "ended as asked";
+        }
+        let waited = running.twin().wait(Duration::from_millis(200));
+        match waited {
+            Ok(None) => {}
+            Ok(Some(status)) if status.success() => break "shut down by itself",
+            Ok(Some(status)) => {
+                let cause = format!("its QEMU ended with {status}");
+                return Err(Explanation::new(
+                    Exit::Failed,
+                    "the twin failed",
+                    cause,
+                    "boot it again; the snapshot is unharmed",
+                ));
+            }
+            Err(error) => {
+                let cause = error.to_string();
+                return Err(Explanation::new(
+                    Exit::Failed,
+                    "the twin cannot be watched",
+                    cause,
+                    "boot it again",
+                ));
+            }
+        }
+    };
+    drop(running);
+    Ok(Output::new(format!("the twin {ended}\n"), json!({ "snapshot": id.to_string(), "ended": ended })))
+}
+
+fn accelerator(name: &str) -> Result<Accelerator, Explanation> {
+    match name {
+        "kvm" => Ok(Accelerator::Kvm),
+        "tcg" => Ok(Accelerator::Tcg),
+        _ => {
+            let cause = format!("'{name}' is no accelerator");
+            Err(Explanation::new(Exit::Usage, "no twin was started", cause, "give kvm or tcg"))
+        }
+    }
+}
+
+fn explain(error: &BootError) -> Explanation {
+    let problem = "no twin was started";
+    let to_do = match error {
+        BootError::Repository(error) => return of_repository(problem, error),
+        BootError::Register(error) => return of_register(problem, error),
+        BootError::Definition(_) => "restore the disks and start the VM by other means",
+        BootError::Machine(_) | BootError::NoDisk => "restore the disks and start the VM by other means",
+        BootError::Missing(_) => "restore the disks and boot them with a kernel or firmware of your own",
+        BootError::File { .. } => "give another folder with --folder, with room for what the twin writes",
+        BootError::Accelerator(_) => "set STILLPOINT_ACCEL to kvm or tcg, or unset it",
+        BootError::Serve(_) => "give another folder with --folder; its path must be short",
+        BootError::Twin(_) => {
+            "see the cause; the twin runs as an unprivileged user, so every folder above its own must let others pass \
+             (choose with --folder); or try --accel tcg, less --memory"
+        }
+    };
+    Explanation::new(Exit::Failed, problem, error.to_string(), to_do)
+}
