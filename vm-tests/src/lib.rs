@@ -25,7 +25,9 @@ mod harness;
 mod image;
 mod overlay;
 mod process;
+mod proof;
 mod qemu;
+mod stillpoint;
 
 pub use accelerator::{Accelerator, accelerator};
 pub use acks::{Ack, Acks};
@@ -35,4 +37,6 @@ pub use commands::{
 pub use guest::{Agent, DiskFormat, Guest, GuestBuilder};
 pub use harness::{Output, shell};
 pub use image::Image;
+pub use proof::{Found, Promised, prove, snapshot_id};
 pub use qemu::{Disk, Machine};
+pub use stillpoint::{Ended, Stillpoint, Twin};

@@ -1,0 +1,253 @@
+//! The product as a user runs it: the program `stillpoint`, its repository and its state folder.
+
+use serde_json::Value;
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+use vm::agent::Agent;
+
+/// How long one command may take. A full copy of an emulated guest's disks takes a minute on a busy machine.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long a twin may take to end when asked.
+const END_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A repository with a state folder, both temporary.
+#[derive(Debug)]
+pub struct Stillpoint {
+    program: PathBuf,
+    folder: tempfile::TempDir,
+}
+
+/// How a command ended.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// Exit status.
+    pub status: ExitStatus,
+    /// The last object on standard output; null if there was none.
+    pub object: Value,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Ended {
+    /// The object of a command that must have succeeded.
+    ///
+    /// # Errors
+    /// What it printed, if it did not.
+    pub fn success(self) -> Result<Value, String> {
+        if self.status.success() { Ok(self.object) } else { Err(format!("{}\n{}", self.status, self.stderr)) }
+    }
+
+    /// The exit code; -1 after a signal.
+    pub fn code(&self) -> i32 {
+        self.status.code().unwrap_or(-1)
+    }
+}
+
+impl Stillpoint {
+    /// Makes the folders and an empty repository.
+    ///
+    /// The program is the one named in `STILLPOINT_PROGRAM`, else the one built beside this test or demo.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    pub fn new() -> Result<Self, String> {
+        let program = program()?;
+        let words = |error: io::Error| error.to_string();
+        let folder = tempfile::Builder::new().prefix("stillpoint-host-").tempdir().map_err(words)?;
+        // A twin runs as another user, who must be able to reach its own folder below.
+        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o711)).map_err(words)?;
+        std::fs::write(folder.path().join("passphrase"), "correct horse battery staple\n").map_err(words)?;
+        let made = Self { program, folder };
+        made.run(&["init"])?.success()?;
+        Ok(made)
+    }
+
+    /// The repository's folder.
+    pub fn repository(&self) -> PathBuf {
+        self.folder.path().join("repository")
+    }
+
+    /// A file or folder beside it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The program with its options, ready for a command's words.
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command
+            .args(words)
+            .arg("--repo")
+            .arg(self.repository())
+            .arg("--state")
+            .arg(self.path("state"))
+            .arg("--passphrase-file")
+            .arg(self.path("passphrase"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command with `--json` to its end.
+    ///
+    /// # Errors
+    /// If it cannot be run, or does not end in time.
+    pub fn run(&self, words: &[&str]) -> Result<Ended, String> {
+        let mut command = self.command(words);
+        command.arg("--json").stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().map_err(|error| format!("{}: {error}", self.program.display()))?;
+        end(child, COMMAND_TIMEOUT)
+    }
+
+    /// Runs a command and gives what a person would read.
+    ///
+    /// # Errors
+    /// What it printed, if it failed.
+    pub fn text(&self, words: &[&str]) -> Result<String, String> {
+        let output = self.command(words).output().map_err(|error| error.to_string())?;
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Boots a twin and waits until its agent answers.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    pub fn boot(&self, snapshot: &str, limit: Duration) -> Result<Twin, String> {
+        let started = Instant::now();
+        let mut command = self.command(&["boot", snapshot, "--json"]);
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|error| error.to_string())?;
+        let stdout = child.stdout.take().ok_or("no standard output")?;
+        let (send, first) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut line = String::new();
+            let read = BufReader::new(stdout).read_line(&mut line);
+            // The twin may have been given up meanwhile.
+            let _ = send.send(read.map(|_| line));
+        });
+        let line = first.recv_timeout(limit).ok().and_then(Result::ok).unwrap_or_default();
+        let Ok(said) = serde_json::from_str::<Value>(&line) else {
+            let ended = end(child, Duration::from_secs(5));
+            return Err(format!("the twin did not start: {line} {ended:?}"));
+        };
+        if said["event"] != "started" {
+            return Err(format!("the twin did not start: {said}"));
+        }
+        let socket = said["agent"].as_str().unwrap_or_default().to_owned();
+        let mut twin = Twin { child, agent: None, started, said };
+        match Agent::connect(Path::new(&socket), limit) {
+            Ok(agent) => twin.agent = Some(agent),
+            Err(error) => return Err(format!("the twin's agent: {error}")),
+        }
+        Ok(twin)
+    }
+}
+
+/// A twin, as long as its command runs; ended when dropped.
+pub struct Twin {
+    child: Child,
+    agent: Option<Agent>,
+    started: Instant,
+    /// What `boot` said when it had started.
+    pub said: Value,
+}
+
+impl Twin {
+    /// Since the command was started.
+    pub fn age(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Runs a shell command in the twin.
+    ///
+    /// # Errors
+    /// What it printed, if it failed; or why it could not be run.
+    pub fn exec(&mut self, command: &str, limit: Duration) -> Result<String, String> {
+        let agent = self.agent.as_mut().ok_or("the twin's agent is gone")?;
+        let output = agent.exec("/bin/sh", &["-c", command], limit).map_err(|error| error.to_string())?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        if output.succeeded() {
+            return Ok(text);
+        }
+        Err(format!("{command}: {:?}: {text}{}", output.exit_code, String::from_utf8_lossy(&output.stderr)))
+    }
+
+    /// Runs a command again and again until it succeeds.
+    ///
+    /// # Errors
+    /// What it said last, after `limit`.
+    pub fn wait_for(&mut self, command: &str, limit: Duration) -> Result<String, String> {
+        let end = Instant::now() + limit;
+        loop {
+            match self.exec(command, limit) {
+                Ok(text) => return Ok(text),
+                Err(error) if Instant::now() >= end => return Err(error),
+                Err(_) => std::thread::sleep(Duration::from_millis(200)),
+            }
+        }
+    }
+}
+
+impl Drop for Twin {
+    fn drop(&mut self) {
+        self.agent = None;
+        if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw) {
+            // Fails only if it has ended already.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        let limit = Instant::now() + END_TIMEOUT;
+        while Instant::now() < limit && matches!(self.child.try_wait(), Ok(None)) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = self.child.kill(); // it has ended, or ignores us
+        let _ = self.child.wait(); // reaps it
+    }
+}
+
+fn program() -> Result<PathBuf, String> {
+    if let Some(program) = std::env::var_os("STILLPOINT_PROGRAM") {
+        return Ok(program.into());
+    }
+    let own = std::env::current_exe().map_err(|error| error.to_string())?;
+    let beside = own.ancestors().skip(1).take(2).map(|folder| folder.join("stillpoint"));
+    beside.into_iter().find(|path| path.is_file()).ok_or_else(|| {
+        format!("no program `stillpoint` beside {}: build it with `cargo build --package cli`", own.display())
+    })
+}
+
+/// Waits for a command's end; a hanging one is killed.
+fn end(mut child: Child, limit: Duration) -> Result<Ended, String> {
+    let drain = |pipe: Option<Box<dyn Read + Send>>| {
+        std::thread::spawn(move || {
+            let mut text = Vec::new();
+            pipe.map_or(Ok(0), |mut pipe| pipe.read_to_end(&mut text)).map(|_| text).unwrap_or_default()
+        })
+    };
+    let stdout = drain(child.stdout.take().map(|pipe| Box::new(pipe) as _));
+    let stderr = drain(child.stderr.take().map(|pipe| Box::new(pipe) as _));
+    let deadline = Instant::now() + limit;
+    let status = loop {
+        if let Some(status) = child.try_wait().map_err(|error| error.to_string())? {
+            break status;
+        }
+        if Instant::now() >= deadline {
+            let _ = child.kill(); // it may have ended this instant
+            let _ = child.wait(); // reaps it
+            return Err(format!("the command did not end within {limit:?}"));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    let stdout = text(stdout.join().unwrap_or_default());
+    let object = stdout.lines().rev().find_map(|line| serde_json::from_str(line).ok()).unwrap_or(Value::Null);
+    Ok(Ended { status, object, stderr: text(stderr.join().unwrap_or_default()) })
+}
