@@ -65,11 +65,18 @@ impl Guard {
     /// # Errors
     /// When it cannot be started or does not answer: then nothing may be frozen.
     pub fn start(ledger: &Ledger, folders: &[Arc<OwnedFd>]) -> io::Result<Self> {
-        let program = own_program()?;
+        // Where programs in memory may not be executed (`vm.memfd_noexec`, some security modules), the file must do.
+        let copy = own_program().and_then(|program| Self::start_from(Some(&program), ledger, folders));
+        copy.or_else(|_| Self::start_from(None, ledger, folders))
+    }
+
+    fn start_from(copy: Option<&OwnedFd>, ledger: &Ledger, folders: &[Arc<OwnedFd>]) -> io::Result<Self> {
+        let program =
+            copy.map_or("/proc/self/exe".to_owned(), |copy| format!("/proc/self/fd/{}", copy.as_raw_fd()));
         let (line, theirs) = UnixStream::pair()?;
         let mut inherited: Vec<RawFd> = vec![theirs.as_raw_fd(), ledger.file().as_raw_fd()];
         inherited.extend(folders.iter().map(|folder| folder.as_raw_fd()));
-        let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
+        let mut command = Command::new(program);
         command.arg0(NAME).args(inherited.iter().map(RawFd::to_string)).env_clear().current_dir("/");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         // SAFETY: between fork and exec only `setsid` and `fcntl` are called, which are async-signal-safe, and

@@ -2,7 +2,7 @@
 
 use super::Refusal;
 use super::evidence::{boot_id, ms};
-use super::walk::{state_stays_writable, survey};
+use super::survey::{state_stays_writable, survey};
 use crate::freeze::developer::is_developers_machine;
 use crate::freeze::gather::read_bounded;
 use crate::quiesce::Applications;

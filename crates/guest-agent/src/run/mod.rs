@@ -3,14 +3,17 @@
 
 mod check;
 mod evidence;
+mod frozen;
 mod record;
 mod shared;
+mod survey;
 mod undo;
 mod walk;
 
 use crate::freeze::kernel::boottime_ns;
 use crate::freeze::ledger::Phase;
 use crate::log;
+use frozen::thawed_count;
 use guest_protocol::stillpoint::{
     CheckArguments, CheckReport, FreezeArguments, FreezeReport, GuestReport, LEASE_MS_MAX, RUN_ID_BYTES_MAX,
     RenewArguments, RenewReport, State, StatusReport, ThawArguments, Want,
@@ -23,8 +26,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
-use walk::{Order, Prepared, Stopped, thawed_count};
+use walk::{Order, Prepared, Stopped};
 
+/// Longest time that a host may give to prepare: a CHECKPOINT of a big server on a slow disk.
+const PREPARE_MAX: Duration = Duration::from_secs(3600);
+/// Longest time that a host may give to taking locks: nobody who waits for them bears more.
+const QUIESCE_MAX: Duration = Duration::from_secs(300);
 /// Longest time that a stopping agent waits for the thaw. What takes longer waits in the kernel for a FIFREEZE, and
 /// the guard sees to it.
 const STOP_MAX: Duration = Duration::from_secs(20);
@@ -131,9 +138,9 @@ impl Runs {
             id,
             plain: false,
             lease_ms: lease_ms.min(LEASE_MS_MAX),
-            prepare: Duration::from_millis(prepare_ms_max),
-            quiesce: Duration::from_millis(quiesce_ms_max),
-            budget: Duration::from_millis(budget_ms),
+            prepare: Duration::from_millis(prepare_ms_max).min(PREPARE_MAX),
+            quiesce: Duration::from_millis(quiesce_ms_max).min(QUIESCE_MAX),
+            budget: Duration::from_millis(budget_ms.min(LEASE_MS_MAX)),
             want,
             policies: applications,
             only: None,

@@ -1,9 +1,9 @@
 //! Undoes what a dead agent left frozen: exactly what its record says.
 
 use super::evidence::{Evidence, boot_id};
+use super::frozen::thawed_count;
 use super::record::{Record, Records};
 use super::shared::Shared;
-use super::walk::thawed_count;
 use crate::freeze::facts::View;
 use crate::freeze::gather::Gatherer;
 use crate::freeze::kernel::boottime_ns;

@@ -149,6 +149,15 @@ impl Inside {
         i32::try_from(command.spawn().unwrap().id()).unwrap()
     }
 
+    /// Whether every thread of a process is under a tracer.
+    pub(crate) fn is_traced(&self, pid: &str) -> bool {
+        let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+        threads.flatten().all(|thread| {
+            let status = fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+            status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+        })
+    }
+
     /// The process id of the guard, once there is one.
     pub(crate) fn guard(&self) -> Option<i32> {
         fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {

@@ -90,6 +90,10 @@ fn run(scene: &Scene) -> Result<String, String> {
     let mut command = Command::new("/proc/self/exe");
     command.arg("--stage").arg(scene.name).arg(folder.path());
     command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C");
+    // Another build of the agent, for example the static one that guests get.
+    if let Some(agent) = std::env::var_os("STILLPOINT_AGENT") {
+        command.env("STILLPOINT_AGENT", agent);
+    }
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // SAFETY: `unshare` and `prctl` are plain system calls, made in the single thread of the fresh child.
     unsafe {

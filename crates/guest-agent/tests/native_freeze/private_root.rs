@@ -155,6 +155,19 @@ impl Build {
         install(&build, &self.path("bin/stillpoint-agent"), "bin/stillpoint-agent");
     }
 
+    /// Brings a program of the machine along; false if the machine has none.
+    pub(crate) fn program(&self, program: &str) -> bool {
+        let there = Path::new(program).exists();
+        if there {
+            install(
+                self,
+                program.as_ref(),
+                &format!("bin/{}", Path::new(program).file_name().unwrap().to_str().unwrap()),
+            );
+        }
+        there
+    }
+
     /// A path as it is outside the new root, for what the scene does by hand.
     pub(crate) fn outside(&self, inside: &str) -> PathBuf {
         self.path(inside)
@@ -182,7 +195,9 @@ pub(crate) fn stage(scene: &Scene, folder: &Path) {
         )
         .unwrap();
     }
-    install(&build, env!("CARGO_BIN_EXE_stillpoint-agent").as_ref(), "bin/stillpoint-agent");
+    let agent =
+        std::env::var("STILLPOINT_AGENT").unwrap_or(env!("CARGO_BIN_EXE_stillpoint-agent").to_owned());
+    install(&build, agent.as_ref(), "bin/stillpoint-agent");
     install(&build, "/proc/self/exe".as_ref(), "bin/sleeper");
     (scene.build)(&mut build);
     println!("throttled {}", build.throttled.join(" "));

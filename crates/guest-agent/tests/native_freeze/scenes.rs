@@ -457,6 +457,39 @@ scenes! {
         inside.until_writable("/root/data", Duration::from_secs(1));
     };
 
+    while_frozen_nothing_is_opened_forked_or_executed: |build| {
+        two(build);
+        build.program("/usr/bin/strace");
+    }, |inside| {
+        let agent = inside.agent();
+        agent.freeze("r", 30_000);
+        let pids = [agent.pid(), inside.guard().unwrap()].map(|pid| pid.to_string());
+        let Ok(mut tracer) = std::process::Command::new("/bin/strace")
+            .args(["-f", "-q", "-o", "/run/trace", "-p", &pids[0], "-p", &pids[1]])
+            .spawn()
+        else {
+            eprintln!("SKIPPED needs /usr/bin/strace");
+            return;
+        };
+        until("both are traced", Duration::from_secs(10), || pids.iter().all(|pid| inside.is_traced(pid)));
+        for _ in 0..5 {
+            agent.ask("guest-ping", json!({}));
+            agent.ask("stillpoint-status", json!({}));
+            agent.ask("guest-fsfreeze-status", json!({}));
+            agent.ask("stillpoint-renew", json!({"id": "r", "lease_ms": 30_000}));
+        }
+        inside.expect_blocked(&["/a", "/b"]);
+        kill(i32::try_from(tracer.id()).unwrap(), libc::SIGINT);
+        tracer.wait().unwrap();
+        agent.thaw("r");
+        let trace = std::fs::read_to_string("/run/trace").unwrap();
+        assert!(trace.contains("accept4("), "the trace shows the requests: {trace}");
+        for call in ["open(", "openat(", "openat2(", "creat(", "execve(", "execveat(", "fork(", "clone(", "clone3(", "unlink", "rename"] {
+            let lines: Vec<&str> = trace.lines().filter(|line| line.split_whitespace().nth(1).is_some_and(|word| word.starts_with(call))).collect();
+            assert!(lines.is_empty(), "{lines:?}");
+        }
+    };
+
     unknown_writers_are_listed: two, |inside| {
         let _open = File::create("/a/open").unwrap();
         let agent = inside.agent();
