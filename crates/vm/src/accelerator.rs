@@ -52,15 +52,22 @@ pub struct UnknownAccelerator(pub String);
 /// # Errors
 /// If the environment names an unknown accelerator.
 pub fn choose(qemu: &Path, user: Option<User>) -> Result<Choice, UnknownAccelerator> {
-    let wanted = std::env::var_os(ENVIRONMENT).map(|value| value.to_string_lossy().into_owned());
-    let choice = |accelerator, why: String| Ok(Choice { accelerator, why });
-    match wanted.as_deref() {
-        None | Some("") => match probe_kvm(qemu, user) {
-            Ok(took) => choice(Accelerator::Kvm, format!("KVM ran a guest in {} ms", took.as_millis())),
-            Err(reason) => choice(Accelerator::Tcg, reason),
+    let setting = std::env::var_os(ENVIRONMENT).map(|value| value.to_string_lossy().into_owned());
+    let (accelerator, why) = match wanted(setting.as_deref())? {
+        Some(accelerator) => (accelerator, format!("{ENVIRONMENT} says so")),
+        None => match probe_kvm(qemu, user) {
+            Ok(took) => (Accelerator::Kvm, format!("KVM ran a guest in {} ms", took.as_millis())),
+            Err(reason) => (Accelerator::Tcg, reason),
         },
-        Some("tcg") => choice(Accelerator::Tcg, format!("{ENVIRONMENT} says so")),
-        Some("kvm") => choice(Accelerator::Kvm, format!("{ENVIRONMENT} says so")),
+    };
+    Ok(Choice { accelerator, why })
+}
+
+fn wanted(setting: Option<&str>) -> Result<Option<Accelerator>, UnknownAccelerator> {
+    match setting {
+        None | Some("") => Ok(None),
+        Some("tcg") => Ok(Some(Accelerator::Tcg)),
+        Some("kvm") => Ok(Some(Accelerator::Kvm)),
         Some(other) => Err(UnknownAccelerator(other.to_owned())),
     }
 }
@@ -136,6 +143,14 @@ fn boot_sector() -> [u8; 512] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_setting_decides_if_it_is_one_of_two_words() {
+        assert_eq!(wanted(Some("tcg")).unwrap(), Some(Accelerator::Tcg));
+        assert_eq!(wanted(Some("kvm")).unwrap(), Some(Accelerator::Kvm));
+        assert_eq!((wanted(None).unwrap(), wanted(Some("")).unwrap()), (None, None));
+        assert!(wanted(Some("KVM")).is_err());
+    }
 
     #[test]
     fn the_payload_runs_where_translation_runs_it() {
