@@ -122,6 +122,27 @@ fn both_disks_are_cut_in_one_instant_again_and_again() {
 }
 
 #[test]
+fn a_guest_that_is_reset_during_the_copy_harms_neither_itself_nor_the_snapshot() {
+    let (mut qemu, mut monitor) = counting();
+    let plan = plan(&qemu, &mut monitor, "s1", None);
+    let prepared = point::prepare(&mut monitor, &plan).unwrap();
+    prepared.cut(&mut monitor, Duration::from_secs(20)).unwrap();
+    let exports = point::export(&mut monitor, &plan).unwrap();
+    let (first, second) = numbers(&qemu, &plan, &exports);
+    monitor.run_raw("system_reset", &serde_json::json!({}), Duration::from_secs(20)).unwrap();
+    // After the reset the guest counts from 1 again, over the numbers that the snapshot keeps.
+    let before = writes(&mut monitor);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while writes(&mut monitor) < before + 20 {
+        assert!(Instant::now() < deadline, "the guest does not write after its reset");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(numbers(&qemu, &plan, &exports), (first, second));
+    release(&mut monitor, &plan, Outcome::Kept).unwrap();
+    assert!(qemu.is_alive() && monitor.run(&QueryStatus {}).unwrap().running);
+}
+
+#[test]
 fn a_cut_without_the_stop_is_torn_so_the_test_above_can_fail() {
     let (qemu, mut monitor) = counting();
     let plan = plan(&qemu, &mut monitor, "s1", None);
