@@ -39,3 +39,22 @@ pub(crate) fn spawn(mut command: Command) -> io::Result<Child> {
     forker.send((command, answer)).map_err(|_| io::Error::other("the forking thread has ended"))?;
     answered.recv().map_err(|_| io::Error::other("the forking thread has ended"))?
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_outlives_the_thread_that_asked_for_it() {
+        let asked = std::thread::spawn(|| {
+            let mut command = Command::new("sleep");
+            command.arg("60");
+            spawn(command)
+        });
+        let mut child = asked.join().expect("no panic").expect("sleep starts");
+        // The death signal would have come with the thread's end, which join waited for.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        assert!(child.try_wait().expect("it is ours").is_none());
+        child.kill().and_then(|()| child.wait()).expect("it is ours");
+    }
+}

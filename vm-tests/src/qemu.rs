@@ -1,7 +1,7 @@
 //! The QEMU process: its disks, ports and sockets, bounded in time.
 
 use crate::guest::DiskFormat;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -133,12 +133,12 @@ impl Qemu {
         let pid = child.id();
         let qemu = Self { child: Arc::new(Mutex::new(child)), pid, folder: folder.to_owned() };
         qemu.watch(lifetime);
-        // The monitors are made last, the sockets in the order of the arguments: with these two, all are there.
-        let end = Instant::now() + Duration::from_secs(30);
-        while !(qemu.socket("harness").exists() && qemu.socket("qmp2").exists()) {
+        // A socket's file is there before it listens: only a greeting says that everything on the command line was made.
+        let end = Instant::now() + START_TIME_MAX;
+        while let Err(error) = qemu.greeted() {
             if qemu.ended() || Instant::now() >= end {
                 let printed = std::fs::read_to_string(&errors).unwrap_or_default();
-                return Err(io::Error::other(format!("QEMU did not start: {printed}")));
+                return Err(io::Error::other(format!("QEMU did not start: {error}; it printed: {printed}")));
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -153,17 +153,16 @@ impl Qemu {
         self.folder.join(format!("{name}.sock"))
     }
 
-    /// Connects to a socket whose file may be a moment older than its listener.
+    /// Connects to one of its sockets.
     pub(crate) fn connect(&self, name: &str) -> io::Result<UnixStream> {
-        let end = Instant::now() + Duration::from_secs(5);
-        loop {
-            match UnixStream::connect(self.socket(name)) {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && Instant::now() < end => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                other => return other,
-            }
-        }
+        UnixStream::connect(self.socket(name))
+    }
+
+    /// Succeeds once QEMU's main loop greets on the second monitor, which nobody uses yet.
+    fn greeted(&self) -> io::Result<()> {
+        let mut stream = self.connect("qmp2")?;
+        stream.set_read_timeout(Some(START_TIME_MAX))?;
+        stream.read_exact(&mut [0; 1])
     }
 
     /// Waits for QEMU's own end; false if it still runs after `limit`.
@@ -208,6 +207,8 @@ impl Qemu {
     }
 }
 
+/// QEMU needs a fraction of a second, on a machine with other things to do.
+const START_TIME_MAX: Duration = Duration::from_secs(30);
 /// Enough for a kernel's oops with its trace.
 const SERIAL_LINES_SHOWN: usize = 60;
 

@@ -78,3 +78,21 @@ fn our_agent_answers_in_the_guest_and_is_started_again_when_it_is_killed() {
     assert_ne!(guest.exec(pid).success(), first);
     println!("powered off in {:.1?}", guest.power_off(LIMIT));
 }
+
+#[test]
+fn a_guest_ends_with_its_lifetime_and_with_its_value() {
+    let alive = |pid: u32| std::path::Path::new(&format!("/proc/{pid}")).exists();
+    let guest =
+        Guest::builder().agent(Agent::None).lifetime(Duration::from_secs(1)).start().expect("QEMU starts");
+    let (pid, end) = (guest.pid(), std::time::Instant::now() + LIMIT);
+    while alive(pid) && std::time::Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(!alive(pid), "it outlived its lifetime");
+
+    let guest = Guest::builder().agent(Agent::None).start().expect("QEMU starts");
+    let (pid, folder) = (guest.pid(), guest.folder().to_owned());
+    assert!(alive(pid) && folder.exists());
+    drop(guest);
+    assert!(!alive(pid) && !folder.exists(), "QEMU or its files outlived their value");
+}
