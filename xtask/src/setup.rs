@@ -7,11 +7,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 /// Package, and what of ours needs it. Debian 12 names.
-const PACKAGES: [(&str, &str); 14] = [
+const PACKAGES: [(&str, &str); 15] = [
     ("build-essential", "the compiler and linker for crates with C inside"),
     ("ca-certificates", "downloads of packages and crates"),
     ("qemu-system-x86", "runs the guests"),
     ("qemu-utils", "qemu-img: the disks of guests"),
+    ("qemu-guest-agent", "a stock agent on a socket, for tests of the host's side; it is not started"),
     ("mmdebstrap", "makes the guest image"),
     ("cpio", "packs the guest's initrd"),
     ("libnbd-bin", "nbdcopy and nbdinfo, to compare with"),
@@ -59,7 +60,7 @@ pub(crate) fn setup() -> Result<(), String> {
     let mut wanted: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
     if names.contains(&"qemu-system-x86") {
         let candidate = candidate("qemu-system-x86")?;
-        wanted.retain(|name| !name.starts_with("qemu-"));
+        wanted.retain(|name| !matches!(name.as_str(), "qemu-system-x86" | "qemu-utils"));
         wanted.extend(qemu_in_one_version(&candidate, &installed, versions)?);
     }
     let services = NoServices::arrange()?;
