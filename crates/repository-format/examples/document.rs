@@ -20,7 +20,7 @@ fn main() {
     print("checksum", &checksum);
 
     let mut bytes = Vec::new();
-    let frame = seal_frame(&keys, pack, &mut bytes, FrameKind::Data, &Compressor::default().compress(&block));
+    let frame = seal_frame(&keys, pack, &mut bytes, FrameKind::Data, Compressor::default().compress(&block));
     print("data-frame", &bytes);
     let mut blocks = [None; FANOUT];
     blocks[2] = Some(Entry { frame, index: 0, checksum: Checksum(checksum) });
@@ -29,8 +29,8 @@ fn main() {
     let plaintext = builder.finish();
     print("nodes", &plaintext);
     let end = bytes.len();
-    let payload = Compressor::default().compress(&plaintext);
-    let nodes = seal_frame(&keys, pack, &mut bytes, FrameKind::Nodes, &payload);
+    let mut compressor = Compressor::default();
+    let nodes = seal_frame(&keys, pack, &mut bytes, FrameKind::Nodes, compressor.compress(&plaintext));
     print("node-frame", &bytes[end..]);
     println!("node frame: {nodes:?}\n");
 

@@ -10,6 +10,7 @@ const LEVEL: i32 = 1;
 /// Compresses payloads, one after the other, with one reused context.
 pub struct Compressor {
     zstd: zstd::bulk::Compressor<'static>,
+    payload: Vec<u8>,
 }
 
 impl std::fmt::Debug for Compressor {
@@ -21,26 +22,31 @@ impl std::fmt::Debug for Compressor {
 impl Default for Compressor {
     fn default() -> Compressor {
         let zstd = zstd::bulk::Compressor::new(LEVEL).expect("zstd knows its own level 1");
-        Compressor { zstd }
+        Compressor { zstd, payload: Vec::new() }
     }
 }
 
 impl Compressor {
-    /// The payload of `plaintext`: compressed if that is smaller.
-    pub fn compress(&mut self, plaintext: &[u8]) -> Vec<u8> {
-        let mut payload = vec![0; 1 + plaintext.len()];
+    /// The payload of `plaintext`: compressed if that is smaller. Valid until the next call.
+    pub fn compress(&mut self, plaintext: &[u8]) -> &[u8] {
+        // Only ever grows, so that a long run neither allocates nor clears memory for each frame.
+        if self.payload.len() < 1 + plaintext.len() {
+            self.payload.resize(1 + plaintext.len(), 0);
+        }
+        let (how, body) = self.payload[..1 + plaintext.len()].split_at_mut(1);
         // A target no larger than the plaintext makes zstd give up where it would gain nothing.
-        match self.zstd.compress_to_buffer(plaintext, &mut payload[1..]) {
+        let length = match self.zstd.compress_to_buffer(plaintext, body) {
             Ok(length) if length < plaintext.len() => {
-                payload[0] = ZSTD;
-                payload.truncate(1 + length);
+                how[0] = ZSTD;
+                length
             }
             _ => {
-                payload[0] = PLAIN;
-                payload[1..].copy_from_slice(plaintext);
+                how[0] = PLAIN;
+                body.copy_from_slice(plaintext);
+                plaintext.len()
             }
-        }
-        payload
+        };
+        &self.payload[..1 + length]
     }
 }
 
@@ -71,9 +77,10 @@ mod tests {
     proptest! {
         #[test]
         fn plaintext_survives(plaintext in proptest::collection::vec(0u8..4, 0..5000)) {
-            let payload = Compressor::default().compress(&plaintext);
+            let mut compressor = Compressor::default();
+            let payload = compressor.compress(&plaintext);
             prop_assert!(payload.len() <= plaintext.len() + 1);
-            prop_assert_eq!(decompress(&payload, 5000), Ok(plaintext));
+            prop_assert_eq!(decompress(payload, 5000), Ok(plaintext));
         }
 
         #[test]
@@ -86,7 +93,7 @@ mod tests {
 
     #[test]
     fn refuses_a_body_that_promises_more_than_the_limit() {
-        let payload = Compressor::default().compress(&[0; 10_000]);
-        assert_eq!(decompress(&payload, 9_999), Err(FormatError::TooLarge));
+        let mut compressor = Compressor::default();
+        assert_eq!(decompress(compressor.compress(&[0; 10_000]), 9_999), Err(FormatError::TooLarge));
     }
 }

@@ -18,7 +18,7 @@ pub fn seal_object(
     if plaintext.len() > OBJECT_BYTES_MAX {
         return Err(FormatError::TooLarge);
     }
-    let mut payload = Compressor::default().compress(plaintext);
+    let mut payload = Compressor::default().compress(plaintext).to_vec();
     let tag = keys
         .object(name)
         .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::empty(), &mut payload)

@@ -31,19 +31,15 @@ impl LocalObjects {
     /// `Store` when that fails.
     pub fn create(folder: &Path) -> Result<LocalObjects, Error> {
         let doing = || format!("making the folder {}", folder.display());
-        DirBuilder::new()
-            .recursive(true)
-            .mode(FOLDER_MODE)
-            .create(folder)
-            .map_err(|e| io_error(doing(), &e))?;
+        let folder = &std::path::absolute(folder).map_err(|e| io_error(doing(), &e))?;
+        // The last of these is the parent of the first folder that was missing.
+        let missing = folder.ancestors().take_while(|ancestor| !ancestor.exists()).count();
+        let changed: Vec<&Path> = folder.ancestors().skip(1).take(missing).collect();
+        let made = DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(folder);
         // The folder may have existed, empty, with a wider mode.
-        std::fs::set_permissions(folder, Permissions::from_mode(FOLDER_MODE))
+        made.and_then(|()| std::fs::set_permissions(folder, Permissions::from_mode(FOLDER_MODE)))
+            .and_then(|()| changed.into_iter().try_for_each(sync_folder))
             .map_err(|e| io_error(doing(), &e))?;
-        if let Some(parent) = folder.canonicalize().ok().as_deref().and_then(Path::parent) {
-            std::fs::File::open(parent)
-                .and_then(|parent| parent.sync_all())
-                .map_err(|e| io_error(doing(), &e))?;
-        }
         LocalObjects::open(folder)
     }
 
@@ -158,9 +154,13 @@ impl Objects for LocalObjects {
         // would surprise people who deleted it.
         let path = self.folder.join(name);
         let parent = path.parent().unwrap_or(&self.folder);
-        let synced = std::fs::File::open(parent).and_then(|parent| parent.sync_all());
-        synced.map_err(|error| io_error(format!("deleting {name}"), &error))
+        sync_folder(parent).map_err(|error| io_error(format!("deleting {name}"), &error))
     }
+}
+
+/// Makes the names in a folder durable.
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    std::fs::File::open(folder)?.sync_all()
 }
 
 /// Names the failure, and recognises a full disk or quota wherever it is wrapped.

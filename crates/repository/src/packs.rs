@@ -119,7 +119,7 @@ impl Packs {
 
     /// Compresses and appends a node frame.
     pub(crate) fn append_nodes(&self, plaintext: &[u8]) -> Result<FrameAddress, Error> {
-        self.append(FrameKind::Nodes, &Compressor::default().compress(plaintext), None)
+        self.append(FrameKind::Nodes, Compressor::default().compress(plaintext), None)
     }
 
     pub(crate) fn checksums(&self) -> &repository_format::Checksums {

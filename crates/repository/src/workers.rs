@@ -58,7 +58,7 @@ fn work(queue: &Mutex<Receiver<FrameJob>>, packs: &Packs) {
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(mut job) = job else { return };
         let payload = compressor.compress(&job.blocks);
-        let appended = packs.append(FrameKind::Data, &payload, job.window);
+        let appended = packs.append(FrameKind::Data, payload, job.window);
         job.finish(appended);
     }
 }

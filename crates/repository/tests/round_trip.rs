@@ -61,6 +61,47 @@ fn extents_and_data_ranges_tell_holes_from_data() {
     assert_eq!(ranges, [mib + 8 * kib..mib + 16 * kib, 3 * mib..3 * mib + 500]);
 }
 
+/// More leaves than a writer keeps in memory, and more data than one pack: the tree is written out in between, and what was
+/// written out is opened again, from packs in memory and from packs in the store.
+#[test]
+fn a_writer_that_returns_to_places_it_has_left_loses_nothing() {
+    const LEAVES: u64 = 9_000;
+    const LEAF: u64 = 256 << 10;
+    let house = House::new();
+    let repository = house.init();
+    let writer = repository.begin().unwrap();
+    let mut disk = writer.disk(LEAVES * LEAF, None).unwrap();
+    for round in 0..3 {
+        for number in 0..LEAVES {
+            // Each round walks the leaves in another order; 7919 is a prime.
+            let leaf = number * [1, 7919, 8999][usize::try_from(round).unwrap()] % LEAVES;
+            let content = leaf * 10 + round + 1;
+            let block = if round == 2 { 63 } else { round };
+            disk.write(leaf * LEAF + block * 4096, &noise(content, 4096)).unwrap();
+            if round == 1 && leaf.is_multiple_of(3) {
+                disk.zero(leaf * LEAF, 4096).unwrap();
+            }
+        }
+    }
+    let (root, stats) = disk.finish().unwrap();
+    writer.commit(manifest(None, &[root])).unwrap();
+    assert_eq!(stats.changed_bytes, 3 * LEAVES * 4096);
+
+    let repository = house.open();
+    let disk = repository.disk(&root);
+    let mut read = vec![0; usize::try_from(LEAF).unwrap()];
+    for leaf in 0..LEAVES {
+        disk.read_at(leaf * LEAF, &mut read).unwrap();
+        let mut expected = vec![0; read.len()];
+        for (round, block) in [(0, 0), (1, 1), (2, 63)] {
+            if round > 0 || !leaf.is_multiple_of(3) {
+                expected[block * 4096..][..4096].copy_from_slice(&noise(leaf * 10 + round + 1, 4096));
+            }
+        }
+        assert!(read == expected, "leaf {leaf}");
+    }
+}
+
 /// What may happen to a disk in a snapshot.
 #[derive(Debug, Clone)]
 enum Step {
