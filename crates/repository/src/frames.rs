@@ -8,6 +8,11 @@ use repository_format::{
 };
 use std::sync::Arc;
 
+/// 8 MiB. A range whose blocks lie scattered over more frames would push them out of the cache before they are used.
+const PREFETCH_FRAMES_MAX: usize = 64;
+/// Bytes between two frames that are read rather than skipped by a request of their own.
+const GAP_BYTES: u32 = 64 << 10;
+
 /// A store, its keys, and what was read lately.
 #[derive(Debug)]
 pub(crate) struct Frames {
@@ -25,6 +30,31 @@ impl Frames {
         let blocks = Arc::new(self.open_data(address, self.fetch(address)?)?);
         self.caches.data.insert(*address, Arc::clone(&blocks), blocks.len());
         Ok(blocks)
+    }
+
+    /// Brings data frames into the cache, those that lie close together with one request. What fails here fails
+    /// again, and is told, when the frame itself is asked for.
+    pub(crate) fn prefetch(&self, mut wanted: Vec<FrameAddress>) {
+        wanted.sort_unstable();
+        wanted.dedup();
+        wanted.retain(|address| self.caches.data.get(address).is_none());
+        wanted.truncate(PREFETCH_FRAMES_MAX);
+        for group in wanted.chunk_by(|a, b| a.pack == b.pack && b.offset - a.offset <= a.length + GAP_BYTES) {
+            let (first, last) = (&group[0], &group[group.len() - 1]);
+            let range = u64::from(first.offset)..u64::from(last.offset) + u64::from(last.length);
+            if group.len() < 2 {
+                continue;
+            }
+            let Ok(bytes) = self.objects.get_range(&first.pack.object(), range) else { continue };
+            for address in group {
+                let start = (address.offset - first.offset) as usize;
+                let Some(sealed) = bytes.get(start..start + address.length as usize) else { continue };
+                if let Ok(blocks) = self.open_data(address, sealed.to_vec()) {
+                    let length = blocks.len();
+                    self.caches.data.insert(*address, Arc::new(blocks), length);
+                }
+            }
+        }
     }
 
     /// Opens a data frame that was fetched.

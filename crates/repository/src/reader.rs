@@ -2,13 +2,18 @@
 
 use crate::Error;
 use crate::frames::Frames;
-use repository_format::{BLOCK_BYTES, DiskRoot, FANOUT, Leaf, Node, NodeAddress, level_for, node_blocks};
+use repository_format::{
+    BLOCK_BYTES, DiskRoot, FANOUT, FRAME_BLOCKS_MAX, Leaf, Node, NodeAddress, level_for, node_blocks,
+};
 use std::ops::Range;
 use std::sync::Arc;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 /// `data_ranges` looks this far ahead at a time.
 const LOOK_AHEAD_BYTES: u64 = 1 << 30;
+
+/// Larger reads are made in pieces: a sixteenth of the cache, and enough for one request to a distant store.
+const PREFETCH_BYTES: usize = 4 << 20;
 
 /// A disk of a snapshot, read-only. Any number of threads may read.
 #[derive(Debug, Clone)]
@@ -41,7 +46,18 @@ impl DiskReader {
     /// # Errors
     /// `BadRange` beyond the end; `Damaged`, `WrongBlock`, `Missing`: `buffer` then holds nothing to be used.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
+        self.blocks(offset, buffer.len() as u64)?;
+        for (number, piece) in (0u64..).zip(buffer.chunks_mut(PREFETCH_BYTES)) {
+            self.read_piece(offset + number * PREFETCH_BYTES as u64, piece)?;
+        }
+        Ok(())
+    }
+
+    fn read_piece(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
         let range = self.blocks(offset, buffer.len() as u64)?;
+        if range.end - range.start > FRAME_BLOCKS_MAX as u64 {
+            self.prefetch(range.clone())?;
+        }
         let end = offset + buffer.len() as u64;
         let frames = &self.frames;
         self.visit(range, &mut |blocks, region| {
@@ -66,6 +82,21 @@ impl DiskReader {
             }
             Ok(())
         })
+    }
+
+    /// Brings the frames of a range into the cache, neighbours with one request.
+    fn prefetch(&self, range: Range<u64>) -> Result<(), Error> {
+        let mut wanted = Vec::new();
+        self.visit(range, &mut |blocks, region| {
+            if let Region::Leaf(leaf) = region {
+                let entries = blocks.filter_map(|block| leaf.blocks[slot(block)].as_ref());
+                wanted.extend(entries.map(|entry| entry.frame));
+                wanted.dedup();
+            }
+            Ok(())
+        })?;
+        self.frames.prefetch(wanted);
+        Ok(())
     }
 
     /// Data and holes of a range, in order: bytes, and whether it is a hole. Neighbours differ.

@@ -9,6 +9,7 @@ mod house;
 mod old_content;
 use house::*;
 use repository::{DiskRoot, Repository, Secret, SnapshotId};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -31,10 +32,14 @@ fn python() -> Result<PathBuf, String> {
 }
 
 /// Runs the test's body, or says why it cannot be run here.
+#[expect(
+    clippy::explicit_write,
+    reason = "the test program captures eprintln, and shows nothing of a test that ends well"
+)]
 fn with_python(body: impl FnOnce(&Path)) {
     match python() {
         Ok(python) => body(&python),
-        Err(reason) => println!("SKIPPED: {reason}"),
+        Err(reason) => writeln!(std::io::stderr(), "skipped: {reason}").unwrap(),
     }
 }
 
