@@ -286,6 +286,8 @@ scenes! {
         let status = std::fs::read_to_string(format!("/proc/{guard}/status")).unwrap();
         let locked = status.lines().find(|line| line.starts_with("VmLck")).unwrap().to_owned();
         assert!(!locked.contains(" 0 kB"), "{locked}");
+        let resident = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+        eprintln!("the guard: {locked}; {resident}");
         assert_eq!(filesystem(&agent.thaw("r"), "/data")["state"], "held");
     };
 
@@ -298,7 +300,7 @@ scenes! {
         if cannot_throttle() {
             return;
         }
-        inside.keep_dirty("/slow/file", 6);
+        inside.keep_dirty("/slow/file", 4);
         std::thread::sleep(Duration::from_millis(300));
         let agent = inside.agent();
         let mut host = agent.connect();
