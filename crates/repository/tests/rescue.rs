@@ -24,11 +24,14 @@ fn python() -> Result<PathBuf, String> {
     let imports = Command::new(&python).args(["-c", "import cryptography, zstandard, blake3"]).output();
     match imports {
         Ok(output) if output.status.success() => Ok(python),
-        Ok(output) => {
-            Err(format!("{} lacks a package: {}", python.display(), String::from_utf8_lossy(&output.stderr)))
-        }
+        Ok(output) => Err(format!("{} lacks a package: {}", python.display(), last_line(&output.stderr))),
         Err(error) => Err(format!("{} does not run: {error}", python.display())),
     }
+}
+
+/// What Python says in the end: the error itself.
+fn last_line(said: &[u8]) -> String {
+    String::from_utf8_lossy(said).lines().last().unwrap_or_default().to_string()
 }
 
 /// Runs the test's body, or says why it cannot be run here.
