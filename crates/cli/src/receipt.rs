@@ -43,7 +43,7 @@ impl Display for Page<'_> {
             (None, Agent::Stillpoint { version }) => {
                 line(f, "guest", format_args!("stillpoint-agent {}, no report", Plain(version)))?;
             }
-            (None, Agent::None) => line(f, "guest", "no agent")?,
+            (None, Agent::None) => line(f, "guest", "no agent took part")?,
         }
         disks(f, &receipt.disks)?;
         if let Some(guest) = &receipt.guest {
@@ -60,7 +60,9 @@ impl Display for Page<'_> {
             ("copy", t.copy),
             ("seal", t.seal),
         ];
-        let times: Vec<String> = times.iter().map(|(name, ms)| format!("{name} {}", Millis(*ms))).collect();
+        // What did not take place, or is not over yet when the receipt is sealed, has no time.
+        let took = times.iter().filter(|(_, ms)| *ms > 0);
+        let times: Vec<String> = took.map(|(name, ms)| format!("{name} {}", Millis(*ms))).collect();
         line(f, "times", times.join(", "))
     }
 }
@@ -83,7 +85,8 @@ impl Page<'_> {
     fn applications(&self, f: &mut Formatter<'_>, guest: &GuestReport) -> fmt::Result {
         heading(f, "applications", guest.applications.is_empty())?;
         for (report, (level, _)) in guest.applications.iter().zip(&self.verdict.applications) {
-            let name = format!("{} {}", report.kind, report.version.as_deref().unwrap_or(""));
+            let version = report.version.as_deref().unwrap_or_default();
+            let name = format!("{} {version}", report.kind);
             let at = report.position.as_ref().map_or(String::new(), |position| format!("   at {position}"));
             writeln!(
                 f,
@@ -120,6 +123,11 @@ fn freeze(f: &mut Formatter<'_>, guest: &GuestReport) -> fmt::Result {
         ThawCause::AgentGone => "thawed by the guard, the agent was gone",
     };
     line(f, "guest", format_args!("stillpoint-agent {}, {end}", Plain(&guest.agent_version)))?;
+    line(
+        f,
+        "quiesce",
+        format_args!("prepared in {}, quiesced in {}", Millis(guest.prepare_ms), Millis(guest.quiesce_ms)),
+    )?;
     let rounds: Vec<String> = guest.flush_rounds_ms.iter().map(|ms| Millis(*ms).to_string()).collect();
     line(
         f,

@@ -48,7 +48,9 @@ async fn settings(client: &Client, answer: &mut Answer) -> Result<(), Trouble> {
     for (name, value) in NAMES.iter().chain(&["in_recovery"]).zip(values) {
         answer.facts.insert((*name).to_owned(), value);
     }
-    answer.version = answer.facts.get("server_version").cloned();
+    // Distributions put their own words behind the number.
+    let version = answer.facts.get("server_version").and_then(|version| version.split_whitespace().next());
+    answer.version = version.map(str::to_owned);
     // Readable by superusers and `pg_read_all_settings` only; the agent knows the directory anyhow.
     if let Ok(directory) = row(client, "SELECT current_setting('data_directory')").await {
         answer.facts.extend(directory.into_iter().map(|path| ("data_directory".to_owned(), path)));
