@@ -313,15 +313,14 @@ impl Carrier<'_> {
         };
         self.receipt.phases_ms.prepare = millis(self.began.elapsed());
         let mut action = self.run.next(Event::Begin);
-        let mut interrupted = false;
         while let Some(wanted) = action {
-            if self.cancel.is_set() && !interrupted {
-                interrupted = true;
-                if let Some(instead) = self.run.next(Event::Interrupted) {
-                    self.fail(SnapshotError::Interrupted);
-                    action = Some(instead);
-                    continue;
-                }
+            // The table says where an interruption means something; elsewhere it is heard before the next action.
+            if self.cancel.is_set()
+                && let Some(instead) = self.run.next(Event::Interrupted)
+            {
+                self.fail(SnapshotError::Interrupted);
+                action = Some(instead);
+                continue;
             }
             let event = self.perform(wanted, &mut prepared);
             action = self.run.next(event);
