@@ -107,7 +107,7 @@ fn forget_older(images: &Path) {
     }
 }
 
-fn cache() -> Result<PathBuf, String> {
+pub(crate) fn cache() -> Result<PathBuf, String> {
     let under =
         |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
     let base = under("XDG_CACHE_HOME").or_else(|| under("HOME").map(|home| home.join(".cache")));

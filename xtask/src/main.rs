@@ -2,6 +2,7 @@
 
 mod check;
 mod guest;
+mod python;
 mod setup;
 mod stage;
 mod tidy;

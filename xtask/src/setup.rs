@@ -1,5 +1,6 @@
 //! The Debian packages that the tests need, installed once, by name and reason.
 
+use crate::python;
 use crate::stage::program;
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 /// Package, and what of ours needs it. Debian 12 names.
-const PACKAGES: [(&str, &str); 15] = [
+const PACKAGES: [(&str, &str); 19] = [
     ("build-essential", "the compiler and linker for crates with C inside"),
     ("ca-certificates", "downloads of packages and crates"),
     ("qemu-system-x86", "runs the guests"),
@@ -20,6 +21,10 @@ const PACKAGES: [(&str, &str); 15] = [
     ("btrfs-progs", "mkfs.btrfs, for freeze tests"),
     ("e2fsprogs", "mke2fs, for guests and freeze tests"),
     ("dosfstools", "mkfs.vfat: a file system that cannot freeze"),
+    ("squashfs-tools", "mksquashfs: another that cannot freeze"),
+    ("strace", "shows that the agent opens nothing while frozen"),
+    ("python3-pip", "fetches PostgreSQL 18 for the agent's tests"),
+    ("python3-venv", "holds what the rescue reader imports"),
     ("util-linux", "setpriv, unshare, losetup"),
     ("mount", "mounts in freeze tests' own namespaces"),
     ("postgresql-15", "a real server for the agent's PostgreSQL tests; it is not started"),
@@ -32,6 +37,11 @@ type Installed = BTreeMap<String, (String, String)>;
 ///
 /// What is installed already is dpkg's own knowledge: a second call costs one query.
 pub(crate) fn setup() -> Result<(), String> {
+    packages()?;
+    python::setup()
+}
+
+fn packages() -> Result<(), String> {
     if !Path::new("/etc/debian_version").exists() {
         let names: Vec<&str> = PACKAGES.iter().map(|(name, _)| *name).collect();
         eprintln!("setup: not Debian: the tests need what these of its packages hold: {}", names.join(" "));
