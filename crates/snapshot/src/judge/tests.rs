@@ -23,7 +23,12 @@ fn perfect() -> Receipt {
         }),
         disks: vec![disk("root", "root"), disk("data", "data")],
         agent: Agent::Stillpoint { version: "0.1.0".to_owned() },
-        order: Order { frozen_before_point: true, point_before_thaw: true, thaw_answered: true, ..Order::default() },
+        order: Order {
+            frozen_before_point: true,
+            point_before_thaw: true,
+            thaw_answered: true,
+            ..Order::default()
+        },
         guest: Some(GuestReport {
             id: "run1".to_owned(),
             thawed_by: ThawCause::Host,
