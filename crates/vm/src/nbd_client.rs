@@ -267,8 +267,7 @@ impl Drop for NbdClient {
         if !self.broken {
             let mut out = Vec::new();
             self.transmission.disconnect(&mut out);
-            #[expect(clippy::let_underscore_must_use, reason = "the server sees the closed socket anyway")]
-            let _ = self.stream.write_all(&out);
+            let _ = self.stream.write_all(&out); // the server sees the closed socket anyway
         }
     }
 }

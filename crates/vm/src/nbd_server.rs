@@ -134,12 +134,10 @@ impl NbdServer {
         let mut state = self.shared.lock();
         if !state.stopping {
             state.stopping = true;
-            #[expect(clippy::let_underscore_must_use, reason = "whoever is gone needs no goodbye")]
             for stream in state.streams.values().chain([&self.wake]) {
-                let _ = stream.shutdown(Shutdown::Both);
+                let _ = stream.shutdown(Shutdown::Both); // whoever is gone needs no goodbye
             }
-            #[expect(clippy::let_underscore_must_use, reason = "somebody removed it already")]
-            let _ = std::fs::remove_file(&self.socket);
+            let _ = std::fs::remove_file(&self.socket); // somebody removed it already
         }
         let deadline = Instant::now() + within;
         while !state.streams.is_empty() {
@@ -159,8 +157,7 @@ impl Drop for NbdServer {
         if self.shared.lock().stopping {
             return; // stopped, and waited for as long as the caller wished
         }
-        #[expect(clippy::let_underscore_must_use, reason = "a thread that hangs in its disk ends with it")]
-        let _ = self.end(DROP_WAIT);
+        let _ = self.end(DROP_WAIT); // a thread that hangs in its disk ends with it
     }
 }
 

@@ -65,8 +65,7 @@ pub(super) fn serve(shared: &Shared, stream: &UnixStream) {
 }
 
 fn shut(stream: &UnixStream) {
-    #[expect(clippy::let_underscore_must_use, reason = "the client may have closed it first")]
-    let _ = stream.shutdown(Shutdown::Both);
+    let _ = stream.shutdown(Shutdown::Both); // the client may have closed it first
 }
 
 fn shake_hands(

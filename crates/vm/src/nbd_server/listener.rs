@@ -29,8 +29,7 @@ pub(super) fn bind(path: &Path, client_uid: Option<u32>) -> Result<UnixListener,
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
     restrict(path, &listener, client_uid).map_err(|source| {
-        #[expect(clippy::let_underscore_must_use, reason = "the first error is the one to tell")]
-        let _ = std::fs::remove_file(path);
+        let _ = std::fs::remove_file(path); // the first error is the one to tell
         failed(source)
     })?;
     Ok(listener)
