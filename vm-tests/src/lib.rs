@@ -37,6 +37,7 @@ pub use commands::{
 pub use guest::{Agent, DiskFormat, Guest, GuestBuilder};
 pub use harness::{Output, shell};
 pub use image::Image;
+pub use process::spawn;
 pub use proof::{Found, Promised, prove, snapshot_id};
 pub use qemu::{Disk, Machine};
 pub use stillpoint::{Ended, Stillpoint, Twin};

@@ -13,7 +13,7 @@ type Order = (Command, Sender<io::Result<Child>>);
 ///
 /// # Errors
 /// As [`Command::spawn`].
-pub(crate) fn spawn(mut command: Command) -> io::Result<Child> {
+pub fn spawn(mut command: Command) -> io::Result<Child> {
     // SAFETY: prctl is async-signal-safe, and nothing else happens between fork and exec.
     unsafe {
         command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));

@@ -18,7 +18,7 @@ cargo xtask COMMAND
   test           check, unit tests, the guest image, tests in real guests: what CI runs
   test-long      test, and what takes longer than a change should wait for
   demo           a working guest, its snapshots, and the proof [--sabotage no-freeze|drop-frame]
-  bench          figures: increment, full
+  bench          figures: increment, full; without a name, both
   guest          builds image, agent and load if needed; prints where they are
   guest-image    builds the guest image, if this recipe's is not there yet
   setup          installs the Debian packages that the tests need; the others call it";
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
         "test" => test(),
         "test-long" => test().and_then(|()| check::dependencies(true)),
         "demo" => in_guest("demo", rest),
-        "bench" => in_guest("bench", rest),
+        "bench" => bench(rest),
         "guest" => setup::setup().and_then(|()| guest::parts()).map(|parts| println!("{parts}")),
         "guest-image" => {
             setup::setup().and_then(|()| guest::image()).map(|folder| println!("{}", folder.display()))
@@ -82,6 +82,19 @@ fn in_guest(program: &str, arguments: &[String]) -> Result<(), String> {
             command = command.arg(argument);
         }
         command.run()
+    })?;
+    stages.report();
+    Ok(())
+}
+
+/// Runs the bench, which needs a QEMU but no guest, on programs as they are delivered.
+fn bench(arguments: &[String]) -> Result<(), String> {
+    let mut stages = Stages::new();
+    stages.run("setup", setup::setup)?;
+    stages.run("build", || cargo(&["build", "--release", "--quiet", "--package", "cli"]).run())?;
+    stages.run("bench", || {
+        let program = ["run", "--release", "--quiet", "--package", "vm-tests", "--bin", "bench", "--"];
+        arguments.iter().fold(cargo(&program), |command, argument| command.arg(argument)).run()
     })?;
     stages.report();
     Ok(())
