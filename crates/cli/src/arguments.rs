@@ -79,6 +79,13 @@ pub(crate) enum Command {
     },
 }
 
+impl Command {
+    /// It has something to undo when it is interrupted; the others simply end.
+    pub(crate) fn cleans_up(&self) -> bool {
+        matches!(self, Self::Snapshot(_) | Self::Restore(_) | Self::Boot(_))
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum VmCommand {
     /// Register a VM by its sockets

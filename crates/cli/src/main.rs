@@ -19,7 +19,8 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let cancel = Cancel::default();
-    let outcome = listen(&cancel).and_then(|()| commands::run(&arguments, &cancel));
+    let listening = if arguments.command.cleans_up() { listen(&cancel) } else { Ok(()) };
+    let outcome = listening.and_then(|()| commands::run(&arguments, &cancel));
     let json = arguments.global.json;
     match outcome {
         Ok(output) => {
