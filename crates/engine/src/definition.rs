@@ -5,8 +5,7 @@ use snapshot::Reason;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
-use vm::machine::{self, Definition};
-use vm::monitor::Monitor;
+use vm::machine::Definition;
 
 /// Largest kernel, initrd or firmware that is kept, in bytes. Distributions' initrds reach 200 MiB.
 const FILE_BYTES_MAX: u64 = 512 << 20;
@@ -19,15 +18,11 @@ pub(crate) struct Kept {
     pub(crate) reasons: Vec<Reason>,
 }
 
-/// Reads the definition and stores the files that it names. A file that cannot be read is a reason, not a failure:
+/// Keeps the definition and stores the files that it names. A file that cannot be read is a reason, not a failure:
 /// the disks are worth keeping without it.
-pub(crate) fn keep(
-    monitor: &mut Monitor,
-    writer: &mut Writer,
-) -> Result<Kept, crate::snapshot::SnapshotError> {
-    let definition = machine::definition(monitor)?;
+pub(crate) fn keep(definition: &Definition, writer: &Writer) -> Result<Kept, Error> {
     let mut kept = Kept { parts: Vec::new(), json: serde_json::Value::Null, reasons: Vec::new() };
-    for (role, name, file) in files(&definition) {
+    for (role, name, file) in files(definition) {
         match read(&file) {
             Ok(bytes) => kept.parts.push(part(writer, role, &name, &bytes)?),
             Err(error) => {
@@ -36,7 +31,7 @@ pub(crate) fn keep(
             }
         }
     }
-    kept.json = serde_json::to_value(&definition).unwrap_or_default();
+    kept.json = serde_json::to_value(definition).unwrap_or_default();
     Ok(kept)
 }
 
@@ -52,7 +47,7 @@ fn files(definition: &Definition) -> Vec<(Role, String, String)> {
     files
 }
 
-fn part(writer: &mut Writer, role: Role, name: &str, bytes: &[u8]) -> Result<Part, Error> {
+fn part(writer: &Writer, role: Role, name: &str, bytes: &[u8]) -> Result<Part, Error> {
     let root = writer.blob(bytes)?;
     Ok(Part { name: name.to_owned(), role, size_bytes: bytes.len() as u64, root, facts: BTreeMap::new() })
 }

@@ -4,30 +4,31 @@
 //! [`Carrier`], whose `Drop` thaws and undoes if the run ends in a panic; what a killed process leaves is in the
 //! journal, and the guest thaws by itself.
 
-use crate::copy::{CopyError, Source, Tally};
+mod error;
+mod facts;
+
+pub use error::SnapshotError;
+
+use crate::copy::{Source, Tally};
 use crate::guest::Guest;
 use crate::journal::{Journal, Note};
-use crate::parent::{BITMAP_FACT, Parent, Tracked};
-use crate::register::{Register, RegisterError, VmLock};
+use crate::register::{Register, VmLock};
 use crate::watch::{Cancel, Watch};
 use crate::{definition, fresh_id, now_ms};
-use repository::{DiskRoot, Manifest, Part, Repository, Role, SnapshotId, Writer};
-use snapshot::receipt::{CopyEvidence, CopyMethod, DiskEvidence, Point, Receipt};
+use facts::{Facts, disk_facts};
+use repository::{Manifest, Part, Repository, Role, SnapshotId, Writer};
+use snapshot::receipt::{CopyEvidence, CopyMethod, Point, Receipt};
 use snapshot::run::{Action, Event, Run, State};
 use snapshot::{Level, Reason, Request, Verdict, judge, required_unmet};
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-use vm::disks::{Base, Disk, base, bitmaps};
 use vm::machine;
-use vm::monitor::{Monitor, MonitorError};
-use vm::point::{self, Outcome, Plan, PlanError, PointError, Prepared, UndoError};
+use vm::monitor::Monitor;
+use vm::point::{self, Outcome, Plan, Prepared};
 
 /// How long the monitor may take to greet.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long QEMU may take to stop the virtual CPUs, in which it flushes every disk.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
-/// Longest time that a guest's write may wait for scratch, in seconds; then the snapshot breaks, not the write.
-const SCRATCH_WAIT_S: u32 = 5;
 
 /// A snapshot that was taken.
 #[derive(Debug)]
@@ -42,67 +43,6 @@ pub struct Taken {
     pub verdict: Verdict,
     /// What could not be cleaned up afterwards; the next run tries again.
     pub left: Option<String>,
-}
-
-/// Why there is no snapshot.
-#[derive(Debug, thiserror::Error)]
-pub enum SnapshotError {
-    /// The register or the journal failed, or the VM is busy.
-    #[error(transparent)]
-    Register(#[from] RegisterError),
-    /// The monitor cannot be reached, or failed before anything was changed.
-    #[error(transparent)]
-    Monitor(#[from] MonitorError),
-    /// What an earlier run left cannot be removed.
-    #[error("what an earlier run left in the VM cannot be removed: {0}")]
-    Leftovers(#[source] UndoError),
-    /// A wanted disk is not there, or does not count.
-    #[error("'{disk}' is no disk of this VM that can be in a snapshot; there are: {known}")]
-    NoSuchDisk {
-        /// As asked for.
-        disk: String,
-        /// Names of those that count.
-        known: String,
-    },
-    /// No disk counts.
-    #[error("this VM has no disk that can be in a snapshot")]
-    NoDisk,
-    /// The names do not fit.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// QEMU could not cut the disks.
-    #[error("QEMU could not cut the disks: {0}")]
-    Point(#[from] PointError),
-    /// The guest could not be frozen, and a frozen one was required.
-    #[error("the guest could not be frozen: {0}")]
-    Freeze(String),
-    /// The snapshot would be worth less than required.
-    #[error("the snapshot would be {reached}, and {required} was required")]
-    BelowRequired {
-        /// What it would be worth.
-        reached: Level,
-        /// What was required.
-        required: Level,
-        /// Why.
-        reasons: Vec<Reason>,
-    },
-    /// A required application was not quiesced.
-    #[error("{}: {}", .0.subject, .0.message)]
-    RequiredApplication(Reason),
-    /// A disk could not be copied.
-    #[error("disk '{disk}': {source}")]
-    Copy {
-        /// Its name.
-        disk: String,
-        /// Why.
-        source: CopyError,
-    },
-    /// The repository failed.
-    #[error(transparent)]
-    Repository(#[from] repository::Error),
-    /// Someone wanted it to end.
-    #[error("interrupted")]
-    Interrupted,
 }
 
 /// Takes a snapshot. Every way out thaws the guest and leaves either a complete snapshot or none.
@@ -125,8 +65,8 @@ pub fn take(
     clear_leftovers(&journal, &mut monitor)?;
     let run = fresh_id();
     let facts = Facts::gather(&mut monitor, repository, request)?;
-    let mut writer = repository.begin()?;
-    let definition = definition::keep(&mut monitor, &mut writer)?;
+    let writer = repository.begin()?;
+    let definition = definition::keep(&machine::definition(&mut monitor)?, &writer)?;
     let plan = facts.plan(register, repository, &run)?;
     let mut receipt = facts.receipt(request, &run);
     receipt.reasons.extend(definition.reasons);
@@ -166,110 +106,6 @@ pub fn clear_leftovers(journal: &Journal, monitor: &mut Monitor) -> Result<(), S
         journal.clear()?;
     }
     Ok(())
-}
-
-/// What is known before anything is changed.
-struct Facts {
-    disks: Vec<Disk>,
-    wanted: Vec<Wanted>,
-    chosen: bool,
-    parent: Option<SnapshotId>,
-}
-
-/// A disk that will be cut.
-struct Wanted {
-    disk: Disk,
-    parent: Option<DiskRoot>,
-    base: Option<String>,
-}
-
-impl Facts {
-    fn gather(
-        monitor: &mut Monitor,
-        repository: &Repository,
-        request: &Request,
-    ) -> Result<Self, SnapshotError> {
-        let drives = machine::drives(monitor)?;
-        let known = || drives.disks.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>().join(", ");
-        if let Some(missing) =
-            request.disks.iter().find(|name| !drives.disks.iter().any(|d| d.name == **name))
-        {
-            return Err(SnapshotError::NoSuchDisk { disk: missing.clone(), known: known() });
-        }
-        let chosen = !request.disks.is_empty();
-        let wants = |disk: &&Disk| !request.no_data && (!chosen || request.disks.contains(&disk.name));
-        let nodes = machine::nodes(monitor)?;
-        let prefix = point::plan::bitmap_prefix(&repository.id().to_string());
-        let track = |disk: &Disk| {
-            let names = bitmaps(&nodes, disk).iter().filter_map(|bitmap| bitmap.name.clone());
-            let usable = |name: &String| {
-                name.starts_with(&prefix) && matches!(base(&nodes, disk, name), Base::Usable { .. })
-            };
-            let usable_bitmaps = names.filter(usable).collect();
-            Tracked { disk: disk.name.clone(), size_bytes: disk.size_bytes, usable_bitmaps }
-        };
-        let disks: Vec<&Disk> = drives.disks.iter().filter(wants).collect();
-        let tracked: Vec<Tracked> = disks.iter().map(|disk| track(disk)).collect();
-        let parent = Parent::choose(repository, &request.vm, &tracked)?;
-        let wanted: Vec<Wanted> = disks
-            .into_iter()
-            .zip(&tracked)
-            .map(|(disk, tracked)| Wanted {
-                disk: disk.clone(),
-                parent: parent.as_ref().and_then(|parent| parent.part(&disk.name)).map(|part| part.root),
-                base: parent.as_ref().and_then(|parent| parent.bitmap(tracked)),
-            })
-            .collect();
-        if wanted.is_empty() && !request.no_data {
-            return Err(SnapshotError::NoDisk);
-        }
-        let parent = parent.map(|parent| parent.snapshot);
-        Ok(Self { disks: drives.disks, wanted, chosen, parent })
-    }
-
-    fn plan(
-        &self,
-        register: &Register,
-        repository: &Repository,
-        run: &str,
-    ) -> Result<Option<Plan>, PlanError> {
-        if self.wanted.is_empty() {
-            return Ok(None);
-        }
-        let disk = |wanted: &Wanted| point::DiskRequest {
-            disk: wanted.disk.clone(),
-            base: wanted.base.clone(),
-            only_base: wanted.base.is_some(),
-        };
-        Plan::new(&point::Request {
-            tag: run[..point::plan::TAG_BYTES].to_owned(),
-            repository: repository.id().to_string(),
-            snapshot: run.to_owned(),
-            folder: register.scratch().join(run),
-            cbw_timeout_s: SCRATCH_WAIT_S,
-            disks: self.wanted.iter().map(disk).collect(),
-        })
-        .map(Some)
-    }
-
-    fn receipt(&self, request: &Request, run: &str) -> Receipt {
-        let evidence = |disk: &Disk| DiskEvidence {
-            name: disk.name.clone(),
-            serial: disk.serial.clone(),
-            pci: disk.pci.clone(),
-            size_bytes: disk.size_bytes,
-            copy: None,
-        };
-        Receipt {
-            vm: request.vm.clone(),
-            run: run.to_owned(),
-            wanted: Some(request.want),
-            required: Some(request.require),
-            disks: self.disks.iter().map(evidence).collect(),
-            disks_chosen: self.chosen,
-            ..Receipt::default()
-        }
-    }
 }
 
 /// What must still be done whatever happens.
@@ -473,7 +309,7 @@ impl Carrier<'_> {
         }
         let total_bytes = sources.iter().map(Source::read_bytes).sum();
         let mut tally = Tally { watch: self.watch, done_bytes: 0, total_bytes };
-        let writer = self.writer.as_mut().expect("it is there until the seal");
+        let writer = self.writer.as_ref().expect("it is there until the seal");
         for ((source, wanted), planned) in sources.into_iter().zip(&self.facts.wanted).zip(&plan.disks) {
             let name = &wanted.disk.name;
             let size_bytes = source.size_bytes();
@@ -560,19 +396,6 @@ impl Drop for Carrier<'_> {
             self.release(Outcome::Dropped);
         }
     }
-}
-
-/// What restore and boot need to know about a disk.
-fn disk_facts(disk: &Disk, bitmap: &str) -> BTreeMap<String, String> {
-    let mut facts = BTreeMap::from([
-        (BITMAP_FACT.to_owned(), bitmap.to_owned()),
-        ("format".to_owned(), disk.format.clone()),
-    ]);
-    if let Ok(serde_json::Value::String(bus)) = serde_json::to_value(disk.bus) {
-        facts.insert("bus".to_owned(), bus);
-    }
-    facts.extend(disk.serial.iter().map(|serial| ("serial".to_owned(), serial.clone())));
-    facts
 }
 
 fn millis(time: Duration) -> u64 {

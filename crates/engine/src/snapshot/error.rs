@@ -1,0 +1,68 @@
+//! Why there is no snapshot.
+
+use crate::copy::CopyError;
+use crate::register::RegisterError;
+use snapshot::{Level, Reason};
+use vm::monitor::MonitorError;
+use vm::point::{PlanError, PointError, UndoError};
+
+/// Why there is no snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The register or the journal failed, or the VM is busy.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    /// The monitor cannot be reached, or failed before anything was changed.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// What an earlier run left cannot be removed.
+    #[error("what an earlier run left in the VM cannot be removed: {0}")]
+    Leftovers(#[source] UndoError),
+    /// A wanted disk is not there, or does not count.
+    #[error("'{disk}' is no disk of this VM that can be in a snapshot; there are: {known}")]
+    NoSuchDisk {
+        /// As asked for.
+        disk: String,
+        /// Names of those that count.
+        known: String,
+    },
+    /// No disk counts.
+    #[error("this VM has no disk that can be in a snapshot")]
+    NoDisk,
+    /// The names do not fit.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// QEMU could not cut the disks.
+    #[error("QEMU could not cut the disks: {0}")]
+    Point(#[from] PointError),
+    /// The guest could not be frozen, and a frozen one was required.
+    #[error("the guest could not be frozen: {0}")]
+    Freeze(String),
+    /// The snapshot would be worth less than required.
+    #[error("the snapshot would be {reached}, and {required} was required")]
+    BelowRequired {
+        /// What it would be worth.
+        reached: Level,
+        /// What was required.
+        required: Level,
+        /// Why.
+        reasons: Vec<Reason>,
+    },
+    /// A required application was not quiesced.
+    #[error("{}: {}", .0.subject, .0.message)]
+    RequiredApplication(Reason),
+    /// A disk could not be copied.
+    #[error("disk '{disk}': {source}")]
+    Copy {
+        /// Its name.
+        disk: String,
+        /// Why.
+        source: CopyError,
+    },
+    /// The repository failed.
+    #[error(transparent)]
+    Repository(#[from] repository::Error),
+    /// Someone wanted it to end.
+    #[error("interrupted")]
+    Interrupted,
+}
