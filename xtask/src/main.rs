@@ -13,8 +13,8 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 cargo xtask COMMAND
 
-  check          format, lints, dependencies, and the paths that documents name
-  tidy           only the paths that documents name
+  check          format, lints, dependencies, and what documents name
+  tidy           only the paths and tests that documents name
   test           check, unit tests, the guest image, tests in real guests: what CI runs
   test-long      test, and what takes longer than a change should wait for
   demo           a working guest, its snapshots, and the proof [--sabotage no-freeze|drop-frame]

@@ -1,4 +1,4 @@
-//! Documents stay true: every path that one names in backticks exists.
+//! Documents stay true: every path that one names in backticks exists, and so does every test that a promise leans on.
 
 use crate::stage::{program, root};
 use std::collections::HashSet;
@@ -15,6 +15,11 @@ pub(crate) fn tidy() -> Result<(), String> {
     for document in tracked.lines().filter(|path| path.ends_with(".md")) {
         let Ok(text) = fs::read_to_string(root.join(document)) else { continue };
         let folder = Path::new(document).parent().unwrap_or(Path::new(""));
+        for (line, file, name) in tests(&text) {
+            if !fs::read_to_string(root.join(file)).is_ok_and(|source| has_test(&source, name)) {
+                lost.push(format!("{document}:{line}: `{file}::{name}` is no test"));
+            }
+        }
         for (line, path) in paths(&text, &tops) {
             if !root.join(path).exists() && !root.join(folder).join(path).exists() {
                 lost.push(format!("{document}:{line}: `{path}` does not exist"));
@@ -60,9 +65,55 @@ fn paths<'t>(text: &'t str, tops: &HashSet<&str>) -> Vec<(usize, &'t str)> {
     found
 }
 
+/// The tests in backticks, written `FILE.rs::NAME`, with their lines.
+fn tests(text: &str) -> impl Iterator<Item = (usize, &str, &str)> {
+    text.lines().enumerate().flat_map(|(index, line)| {
+        let spans = line.split('`').skip(1).step_by(2);
+        let cited = spans.filter_map(|span| span.split_once("::"));
+        cited.filter(|(file, _)| file.ends_with(".rs")).map(move |(file, name)| (index + 1, file, name))
+    })
+}
+
+/// Whether a source has a test of this name that is run: a function under `#[test]`, or an entry of a table of scenes.
+fn has_test(source: &str, name: &str) -> bool {
+    let is_scene = |line: &str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(": "));
+    let is_function = |line: &str| {
+        let rest = line.strip_prefix("fn ").and_then(|line| line.strip_prefix(name));
+        rest.is_some_and(|rest| rest.starts_with('('))
+    };
+    let has_scenes = source.lines().any(|line| line == "scenes! {");
+    let mut attributes: Vec<&str> = Vec::new();
+    for line in source.lines().map(str::trim_start) {
+        if line.starts_with("#[") || line.starts_with("///") {
+            attributes.push(line);
+            continue;
+        }
+        let is_run =
+            attributes.contains(&"#[test]") && !attributes.iter().any(|one| one.starts_with("#[ignore"));
+        if (is_function(line) && is_run) || (has_scenes && is_scene(line)) {
+            return true;
+        }
+        attributes.clear();
+    }
+    false
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_promise_leans_on_a_test_that_is_run() {
+        let text = "| a | `crates/x/src/a.rs::it_holds`, `docs/b.md`, `std::fs` |\n`c.rs::d`";
+        assert_eq!(tests(text).collect::<Vec<_>>(), [(1, "crates/x/src/a.rs", "it_holds"), (2, "c.rs", "d")]);
+        let source = "    #[test]\n    #[cfg(unix)]\n    fn it_holds() {\n}\nfn helper() {}\n\
+                      #[test]\n#[ignore = \"slow\"]\nfn left_out() {}\nscenes! {\n    a_scene: ext4, |inside| {}\n";
+        assert!(has_test(source, "it_holds") && has_test(source, "a_scene"));
+        for none in ["it_hold", "helper", "left_out", "missing", ""] {
+            assert!(!has_test(source, none), "{none}");
+        }
+        assert!(!has_test("Struct {\n    field: 1,\n}", "field"));
+    }
 
     #[test]
     fn only_paths_of_the_checkout_are_looked_for() {
