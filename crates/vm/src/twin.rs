@@ -13,6 +13,7 @@ use console::Console;
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -138,6 +139,7 @@ impl Twin {
         if let Some(user) = folder.user {
             user.run_as(&mut command);
         }
+        end_with_us(&mut command);
         let child = command
             .spawn()
             .map_err(|source| TwinError::Start { program: qemu.display().to_string(), source })?;
@@ -240,6 +242,15 @@ impl Drop for Twin {
         self.child.kill().ok();
         self.child.wait().ok();
     }
+}
+
+/// A twin does not outlive the thread that starts it, even if that is killed: nobody would know of it, and its disks are
+/// served by us.
+fn end_with_us(command: &mut Command) {
+    let ask = || Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?);
+    // SAFETY: between fork and exec this makes one system call and allocates nothing. The user has changed by then,
+    // which would have cleared the setting.
+    unsafe { command.pre_exec(ask) };
 }
 
 /// An empty qcow2 without a backing reference in it: the command line names the backing node.

@@ -139,6 +139,27 @@ fn a_twin_is_unprivileged_and_sandboxed_and_ends_with_its_value() {
 }
 
 #[test]
+fn a_twin_ends_with_whoever_started_it_even_if_nobody_drops_it() {
+    let mut snapshot = snapshot();
+    let pid = std::thread::scope(|scope| {
+        let starter = scope.spawn(|| {
+            let twin = start(&mut snapshot, "twin", &spec(Bus::VirtioBlk));
+            let pid = twin.pid();
+            std::mem::forget(twin); // as a killed program would
+            pid
+        });
+        starter.join().unwrap()
+    });
+    let limit = Instant::now() + LIMIT;
+    let dead =
+        || std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "));
+    while !dead() {
+        assert!(Instant::now() < limit, "the twin {pid} lives on");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
 fn what_a_twin_writes_stays_in_its_overlay() {
     let mut snapshot = snapshot();
     let before = snapshot.digest();
