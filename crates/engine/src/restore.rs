@@ -11,7 +11,7 @@ use rustix::fs::FallocateFlags;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -114,7 +114,9 @@ pub fn to_qcow2(
     if is_block_device(path, overwrite)? {
         return Err(RestoreError::RawOnly(path.to_owned()));
     }
-    let folder = tempfile::Builder::new().prefix("stillpoint-restore-").tempdir();
+    // Said, not left to the umask: the server refuses a folder that others may enter.
+    let private = fs::Permissions::from_mode(0o700);
+    let folder = tempfile::Builder::new().prefix("stillpoint-restore-").permissions(private).tempdir();
     let folder = folder.map_err(|source| RestoreError::Target { path: std::env::temp_dir(), source })?;
     let source = Arc::new(SnapshotDisk::new(disk.clone()));
     let total = source.data_bytes()?;

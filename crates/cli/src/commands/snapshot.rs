@@ -182,7 +182,7 @@ fn explain(request: &Request, error: &SnapshotError) -> Explanation {
 
 fn list(reasons: &[Reason]) -> String {
     let shown: Vec<String> =
-        reasons.iter().take(4).map(|reason| format!("{} {}", reason.subject, reason.message)).collect();
+        reasons.iter().take(4).map(|reason| format!("{}: {}", reason.subject, reason.message)).collect();
     let more = reasons.len().saturating_sub(shown.len());
     if more > 0 { format!("{} and {more} more", shown.join("; ")) } else { shown.join("; ") }
 }
