@@ -2,6 +2,7 @@
 
 use crate::accelerator::{Accelerator, accelerator};
 use crate::acks::Acks;
+use crate::block_graph::BlockGraph;
 use crate::commands::{AS_POSTGRES, DATA_RECORDS, ROOT_RECORDS, psql};
 use crate::harness::{self, Harness, Output};
 use crate::image::Image;
@@ -216,6 +217,16 @@ impl Guest {
         self.qemu.socket("qmp2")
     }
 
+    /// What QEMU's block layer looks like now.
+    ///
+    /// # Panics
+    /// If QEMU does not answer.
+    #[must_use]
+    pub fn block_graph(&self) -> BlockGraph {
+        let graph = BlockGraph::of(&self.second_qmp_socket());
+        self.or_serial("QEMU's monitor", graph)
+    }
+
     /// The socket of the agent under test.
     #[must_use]
     pub fn agent_socket(&self) -> PathBuf {
@@ -309,6 +320,33 @@ impl Guest {
             "exec {AS_POSTGRES} /run/stillpoint/load --acks /dev/virtio-ports/org.stillpoint.acks --commits bench \
              --writes w={ROOT_RECORDS} --writes x={DATA_RECORDS} >/run/load.log 2>&1"
         ));
+    }
+
+    /// Starts only the writers without fsync, for a guest without PostgreSQL.
+    pub fn start_writers(&self) {
+        self.start(&format!(
+            "exec {AS_POSTGRES} /run/stillpoint/load --acks /dev/virtio-ports/org.stillpoint.acks \
+             --writes w={ROOT_RECORDS} --writes x={DATA_RECORDS} >/run/load.log 2>&1"
+        ));
+    }
+
+    /// Waits until both writers without fsync have written on, and returns how long that took: no file system is frozen.
+    ///
+    /// # Panics
+    /// If one has not within `limit` (times six under emulation).
+    #[track_caller]
+    pub fn writes_go_on(&self, limit: Duration) -> Duration {
+        let began = Instant::now();
+        let limit = limit * self.accelerator.patience();
+        for kind in ['w', 'x'] {
+            let next = self.acks.highest(kind) + 20;
+            assert!(
+                self.acks.wait_for(kind, next, limit),
+                "the writer '{kind}' stands still\n{}",
+                self.serial_tail()
+            );
+        }
+        began.elapsed()
     }
 
     /// Starts pgbench's own transactions, `clients` at once, for at most `seconds`.

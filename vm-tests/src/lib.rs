@@ -19,6 +19,7 @@
 
 mod accelerator;
 mod acks;
+mod block_graph;
 mod commands;
 mod guest;
 mod harness;
@@ -31,6 +32,7 @@ mod stillpoint;
 
 pub use accelerator::{Accelerator, accelerator};
 pub use acks::{Ack, Acks};
+pub use block_graph::BlockGraph;
 pub use commands::{
     CHECK_FILE_SYSTEMS, DATA_RECORDS, RECOVERY_LOG, ROOT_RECORDS, amcheck, count_records, psql,
 };
@@ -40,4 +42,4 @@ pub use image::Image;
 pub use process::spawn;
 pub use proof::{Found, Promised, prove, snapshot_id};
 pub use qemu::{Disk, Machine};
-pub use stillpoint::{Ended, Stillpoint, Twin};
+pub use stillpoint::{Ended, Running, Stillpoint, Twin};

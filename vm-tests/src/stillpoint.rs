@@ -41,6 +41,19 @@ impl Ended {
         if self.status.success() { Ok(self.object) } else { Err(format!("{}\n{}", self.status, self.stderr)) }
     }
 
+    /// Asserts a failure with this exit code, told in the three lines of every error, one of which holds `word`.
+    ///
+    /// # Panics
+    /// If it ended otherwise.
+    #[track_caller]
+    pub fn assert_refused(&self, code: i32, word: &str) {
+        assert_eq!(self.code(), code, "{self:?}");
+        let lines: Vec<&str> = self.stderr.lines().collect();
+        let starts = ["error: ", "  cause: ", "  to do: "];
+        let three = lines.len() == 3 && lines.iter().zip(starts).all(|(line, start)| line.starts_with(start));
+        assert!(three && self.stderr.contains(word), "{word}:\n{}", self.stderr);
+    }
+
     /// The exit code; -1 after a signal.
     pub fn code(&self) -> i32 {
         self.status.code().unwrap_or(-1)
@@ -96,10 +109,55 @@ impl Stillpoint {
     /// # Errors
     /// If it cannot be run, or does not end in time.
     pub fn run(&self, words: &[&str]) -> Result<Ended, String> {
+        self.start(words)?.wait()
+    }
+
+    /// Runs a command that must succeed, and prints how long it took.
+    ///
+    /// # Panics
+    /// If it fails; shows what it printed.
+    #[track_caller]
+    pub fn must(&self, words: &[&str]) -> Value {
+        let began = Instant::now();
+        let object = self.run(words).and_then(Ended::success);
+        println!("stillpoint {}: {:.1?}", words.join(" "), began.elapsed());
+        object.unwrap_or_else(|printed| panic!("{words:?}: {printed}"))
+    }
+
+    /// Asserts that everything stored is sound, and that it is so many snapshots.
+    ///
+    /// # Panics
+    /// If it is not.
+    #[track_caller]
+    pub fn assert_sound(&self, snapshots: usize) {
+        let verified = self.must(&["verify"]);
+        assert_eq!(
+            (verified["snapshots"].as_u64(), verified["damage_total"].as_u64()),
+            (Some(snapshots as u64), Some(0)),
+            "{verified}"
+        );
+    }
+
+    /// Starts a command with `--json` and lets it run.
+    ///
+    /// # Errors
+    /// If it cannot be run.
+    pub fn start(&self, words: &[&str]) -> Result<Running, String> {
         let mut command = self.command(words);
         command.arg("--json").stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = command.spawn().map_err(|error| format!("{}: {error}", self.program.display()))?;
-        end(child, COMMAND_TIMEOUT)
+        Ok(Running(Some(child)))
+    }
+
+    /// Registers a guest, with its agent's channel or without.
+    ///
+    /// # Errors
+    /// What it printed, if it failed.
+    pub fn register(&self, name: &str, qmp: &Path, agent: Option<&Path>) -> Result<(), String> {
+        let (qmp, agent) = (qmp.to_string_lossy(), agent.map(Path::to_string_lossy));
+        let mut words = vec!["vm", "add", name, "--qmp", &qmp];
+        words.extend(agent.iter().flat_map(|agent| ["--agent", agent]));
+        self.run(&words)?.success().map(drop)
     }
 
     /// Runs a command and gives what a person would read.
@@ -149,6 +207,43 @@ impl Stillpoint {
             Err(error) => return Err(format!("the twin's agent: {error}")),
         }
         Ok(twin)
+    }
+}
+
+/// A command that runs; killed when dropped.
+#[derive(Debug)]
+pub struct Running(Option<Child>);
+
+impl Running {
+    /// Sends a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = self.0.as_ref().and_then(|child| i32::try_from(child.id()).ok());
+        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+            // Fails only if it has ended already, which its status will tell.
+            let _ = rustix::process::kill_process(pid, signal);
+        }
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.0.as_mut().is_none_or(|child| !matches!(child.try_wait(), Ok(None)))
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// If it does not end in time; it is killed then.
+    pub fn wait(mut self) -> Result<Ended, String> {
+        end(self.0.take().ok_or("it was waited for already")?, COMMAND_TIMEOUT)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill(); // it may have ended this instant
+            let _ = child.wait(); // reaps it
+        }
     }
 }
 
