@@ -1,4 +1,5 @@
-//! Documents stay true: every path that one names in backticks exists, and so does every test that a promise leans on.
+//! Documents stay true: every path that one names in backticks exists, so does every test that a promise leans on, and
+//! every reason that the code gives is explained.
 
 use crate::stage::{program, root};
 use std::collections::HashSet;
@@ -26,11 +27,38 @@ pub(crate) fn tidy() -> Result<(), String> {
             }
         }
     }
+    lost.extend(unexplained(&tracked)?);
     if lost.is_empty() {
         Ok(())
     } else {
-        Err(format!("documents name what is not there\n  {}", lost.join("\n  ")))
+        Err(format!("documents and code do not agree\n  {}", lost.join("\n  ")))
     }
+}
+
+/// Where a receipt's reasons are explained.
+const REASONS: &str = "docs/reasons.md";
+
+/// Codes of reasons in our sources that `docs/reasons.md` does not have.
+fn unexplained(tracked: &str) -> Result<Vec<String>, String> {
+    let read = |path: &str| fs::read_to_string(root().join(path)).map_err(|error| format!("{path}: {error}"));
+    let document = read(REASONS)?;
+    let is_ours =
+        |path: &&str| path.starts_with("crates/") && path.contains("/src/") && path.ends_with(".rs");
+    let mut missing = Vec::new();
+    for path in tracked.lines().filter(is_ours).filter(|path| root().join(path).exists()) {
+        let source = read(path)?;
+        let shipped = source.split("#[cfg(test)]").next().unwrap_or_default();
+        let unknown = codes(shipped).filter(|code| !document.contains(&format!("`{code}`")));
+        missing.extend(unknown.map(|code| format!("{path}: `{code}` is not in {REASONS}")));
+    }
+    Ok(missing)
+}
+
+/// The codes that a source gives to reasons as literals.
+fn codes(source: &str) -> impl Iterator<Item = &str> {
+    let calls = ["Reason::new(", "Note::new(", "Answer::failed("];
+    let after = calls.into_iter().flat_map(|call| source.split(call).skip(1));
+    after.filter_map(|rest| rest.trim_start().strip_prefix('"')?.split('"').next())
 }
 
 /// The paths in backticks, with their lines; code blocks are no prose.
@@ -113,6 +141,13 @@ mod tests {
             assert!(!has_test(source, none), "{none}");
         }
         assert!(!has_test("Struct {\n    field: 1,\n}", "field"));
+    }
+
+    #[test]
+    fn codes_are_found_wherever_a_reason_is_made() {
+        let source = r#"Reason::new("a", x, y); Reason::new(
+            "b", "no code", z); Note::new(code, "c"); Answer::failed("d", e)"#;
+        assert_eq!(codes(source).collect::<Vec<_>>(), ["a", "b", "d"]);
     }
 
     #[test]
