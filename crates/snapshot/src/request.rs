@@ -29,7 +29,7 @@ pub struct Request {
 impl Request {
     /// Default lease, in milliseconds: a point takes tens of milliseconds, and a guest whose host dies waits this long.
     pub const LEASE_MS: u64 = 10_000;
-    /// Default stall budget of the freeze, in milliseconds. Source: design section 4, hard limit 5 s.
+    /// Default stall budget of the freeze, in milliseconds. Source: `docs/design/decisions.md`.
     pub const BUDGET_MS: u64 = 5_000;
 
     /// A wish for all disks of `vm` at the best level, with the defaults of the field's users.
