@@ -46,7 +46,9 @@ pub fn required_unmet(receipt: &Receipt, verdict: &Verdict) -> Option<Reason> {
         let unmet = report.policy == Policy::Required && *level < Level::Application;
         unmet.then(|| {
             let subject = format!("{} {}", report.kind, report.instance);
-            let cause = why.last().map_or("it was not quiesced", |reason| &reason.message);
+            // The guest's own words come first: what is concluded from them ("not held frozen") explains less.
+            let told = if report.quiesced { None } else { report.reasons.last() };
+            let cause = told.or(why.last()).map_or("it was not quiesced", |reason| &reason.message);
             Reason::new("required_application_not_quiesced", subject, cause)
         })
     })

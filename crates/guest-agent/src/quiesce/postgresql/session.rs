@@ -17,6 +17,9 @@ const IDLE_TIMEOUT_VERSION_NUM: u32 = 140_000;
 /// Longest CHECKPOINT: the first may have much to write, the second only what came since.
 const FIRST_CHECKPOINT: Duration = Duration::from_secs(60);
 const SECOND_CHECKPOINT: Duration = Duration::from_secs(10);
+/// A server that lets nobody in for so long stands still, or is as good as that: the whole time of prepare, which is
+/// meant for checkpoints, would be waited for nothing.
+const LET_IN_MAX: Duration = Duration::from_secs(15);
 
 /// Makes a session that will connect when it is first asked to do something.
 /// # Errors
@@ -143,7 +146,8 @@ impl Server {
     /// The session, made if there is none yet. The inner error is an answer: a server too old to be understood.
     async fn connected(&mut self) -> Result<Result<&Held, Answer>, Trouble> {
         if self.held.is_none() {
-            let (client, role) = connect_as_any(&self.order, self.socket).await?;
+            let entering = tokio::time::timeout(LET_IN_MAX, connect_as_any(&self.order, self.socket));
+            let (client, role) = entering.await.map_err(|_| Trouble::Silent(LET_IN_MAX.as_secs()))??;
             let version = row(&client, "SELECT current_setting('server_version_num')").await?.remove(0);
             let number: u32 = version.parse().unwrap_or(0);
             if number < VERSION_NUM_MIN {

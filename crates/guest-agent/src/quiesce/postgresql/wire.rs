@@ -30,6 +30,8 @@ pub(super) enum Trouble {
     NotPermitted(String),
     #[error("the server's own time limit for the statement was reached")]
     Cancelled,
+    #[error("the server let nobody in within {0} s")]
+    Silent(u64),
     #[error("the socket belongs to process {0}, not to the server that was found")]
     LookAlike(u32),
     #[error("the connection was closed")]
@@ -43,7 +45,7 @@ impl Trouble {
     pub(super) fn code(&self, timeout: &'static str) -> &'static str {
         match self {
             Self::Refused(_) | Self::LookAlike(_) => "auth_failed",
-            Self::NotReady(_) => "not_ready",
+            Self::NotReady(_) | Self::Silent(_) => "not_ready",
             Self::NotPermitted(_) => "not_permitted",
             Self::Cancelled => timeout,
             Self::Closed => "session_lost",
