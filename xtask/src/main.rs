@@ -32,7 +32,7 @@ fn main() -> ExitCode {
         "tidy" => tidy::tidy(),
         "test" => test(),
         "test-long" => test().and_then(|()| check::dependencies(true)),
-        "demo" => in_guest("demo", rest),
+        "demo" => demo(rest),
         "bench" => bench(rest),
         "guest" => setup::setup().and_then(|()| guest::parts()).map(|parts| println!("{parts}")),
         "guest-image" => {
@@ -60,6 +60,8 @@ fn test() -> Result<(), String> {
     stages.run("check", check::check)?;
     stages.run("unit tests", || cargo(&["test", "--workspace", "--exclude", "vm-tests"]).run())?;
     let parts = stages.run("guest image, agent and load", guest::parts)?;
+    // The tests run the program as a user does, so it must be there beside them.
+    stages.run("build", || cargo(&["build", "--quiet", "--package", "cli"]).run())?;
     // One after the other: two emulated guests at once would only wait for each other on a small machine.
     stages.run("tests in real guests", || {
         cargo(&["test", "--package", "vm-tests", "--", "--test-threads=1", "--nocapture"])
@@ -70,18 +72,16 @@ fn test() -> Result<(), String> {
     Ok(())
 }
 
-/// Runs one of the programs of `vm-tests` with the guest ready.
-fn in_guest(program: &str, arguments: &[String]) -> Result<(), String> {
+/// Runs the demo: program and guest as they are delivered.
+fn demo(arguments: &[String]) -> Result<(), String> {
     let mut stages = Stages::new();
     stages.run("setup", setup::setup)?;
     let parts = stages.run("guest image, agent and load", guest::parts)?;
-    stages.run(program, || {
-        let program = ["run", "--release", "--quiet", "--package", "vm-tests", "--bin", program, "--"];
-        let mut command = cargo(&program).env("STILLPOINT_GUEST", &parts.to_string());
-        for argument in arguments {
-            command = command.arg(argument);
-        }
-        command.run()
+    stages.run("build", || cargo(&["build", "--release", "--quiet", "--package", "cli"]).run())?;
+    stages.run("demo", || {
+        let demo = ["run", "--release", "--quiet", "--package", "vm-tests", "--bin", "demo", "--"];
+        let command = cargo(&demo).env("STILLPOINT_GUEST", &parts.to_string());
+        arguments.iter().fold(command, |command, argument| command.arg(argument)).run()
     })?;
     stages.report();
     Ok(())
