@@ -7,7 +7,8 @@
 use crate::serve::SnapshotDisk;
 use crate::watch::{Cancel, Watch};
 use repository::DiskReader;
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fcntl_lock};
+use rustix::io::Errno;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::ops::Range;
@@ -30,6 +31,15 @@ pub enum RestoreError {
     /// Something is at the target already.
     #[error("{} exists", .0.display())]
     Exists(PathBuf),
+    /// The target is a folder, a socket or the like.
+    #[error("{} is neither a file nor a block device", .0.display())]
+    NotAFile(PathBuf),
+    /// The folder in which the target should be made is not there.
+    #[error("the folder {} does not exist", .0.display())]
+    NoFolder(PathBuf),
+    /// Someone holds the target open: a running VM, or a mounted file system.
+    #[error("{} is in use, by a running VM or a mount", .0.display())]
+    InUse(PathBuf),
     /// The block device is smaller than the disk.
     #[error("{} has {have} bytes, the disk has {need}", .path.display())]
     TooSmall {
@@ -82,8 +92,7 @@ pub fn to_raw(
     cancel: &Cancel,
 ) -> Result<(), RestoreError> {
     let io = |source| RestoreError::Target { path: path.to_owned(), source };
-    if is_block_device(path, overwrite)? {
-        let mut device = OpenOptions::new().read(true).write(true).open(path).map_err(io)?;
+    if let Some(mut device) = claim(path, overwrite)? {
         let have = io::Seek::seek(&mut device, io::SeekFrom::End(0)).map_err(io)?;
         let need = disk.size_bytes();
         if have < need {
@@ -111,7 +120,7 @@ pub fn to_qcow2(
     watch: &dyn Watch,
     cancel: &Cancel,
 ) -> Result<(), RestoreError> {
-    if is_block_device(path, overwrite)? {
+    if claim(path, overwrite)?.is_some() {
         return Err(RestoreError::RawOnly(path.to_owned()));
     }
     // Said, not left to the umask: the server refuses a folder that others may enter.
@@ -162,13 +171,48 @@ fn watch_child(child: &mut Child, tell: impl Fn(), cancel: &Cancel) -> Result<()
     }
 }
 
-/// Looks at the target: an error if something is there that may not be overwritten.
-fn is_block_device(path: &Path, overwrite: bool) -> Result<bool, RestoreError> {
-    match fs::metadata(path) {
-        Ok(_) if !overwrite => Err(RestoreError::Exists(path.to_owned())),
-        Ok(there) => Ok(there.file_type().is_block_device()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(source) => Err(RestoreError::Target { path: path.to_owned(), source }),
+/// Whether a restore to `path` may begin, before anything is written anywhere.
+///
+/// # Errors
+/// `Exists`, `NotAFile`, `NoFolder`, `InUse`, `Target`.
+pub fn check_target(path: &Path, overwrite: bool) -> Result<(), RestoreError> {
+    claim(path, overwrite).map(drop)
+}
+
+/// Looks at the target: an error if something is there that may not be overwritten; otherwise the device, if it is one,
+/// claimed for as long as it is open.
+fn claim(path: &Path, overwrite: bool) -> Result<Option<File>, RestoreError> {
+    let io = |source| RestoreError::Target { path: path.to_owned(), source };
+    let kind = match fs::metadata(path) {
+        Ok(_) if !overwrite => return Err(RestoreError::Exists(path.to_owned())),
+        Ok(there) => there.file_type(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            let folder = folder.unwrap_or(Path::new("."));
+            let there = folder.is_dir() && path.file_name().is_some();
+            return if there { Ok(None) } else { Err(RestoreError::NoFolder(folder.to_owned())) };
+        }
+        Err(source) => return Err(io(source)),
+    };
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(RestoreError::NotAFile(path.to_owned()));
+    }
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    if kind.is_block_device() {
+        // Refused while a file system on it is mounted. Source: open(2), O_EXCL without O_CREAT.
+        options.custom_flags(i32::try_from(OFlags::EXCL.bits()).expect("a flag of open(2)"));
+    }
+    let in_use = || RestoreError::InUse(path.to_owned());
+    let target = options
+        .open(path)
+        .map_err(|e| if e.kind() == io::ErrorKind::ResourceBusy { in_use() } else { io(e) })?;
+    // QEMU holds locks on every image that it has open. Source: `raw_apply_lock_bytes` in QEMU's `block/file-posix.c`.
+    match fcntl_lock(&target, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(kind.is_block_device().then_some(target)),
+        Err(Errno::AGAIN | Errno::ACCESS) => Err(in_use()),
+        // A file system without locks cannot say; a VM could not have locked it either.
+        Err(_) => Ok(kind.is_block_device().then_some(target)),
     }
 }
 
@@ -186,7 +230,7 @@ impl Partial {
         name.push(format!(".{}.partial", std::process::id()));
         let path = target.with_file_name(name);
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(|source| RestoreError::Target { path: path.clone(), source })?;
+        let file = file.map_err(|source| RestoreError::Target { path: target.to_owned(), source })?;
         Ok(Self { file, path, kept: false })
     }
 

@@ -5,7 +5,8 @@ use crate::Output;
 use crate::arguments::{Format, Global, RestoreArguments};
 use crate::explain::{Exit, Explanation};
 use crate::progress::Bar;
-use engine::restore::{RestoreError, to_qcow2, to_raw};
+use crate::units::Bytes;
+use engine::restore::{RestoreError, check_target, to_qcow2, to_raw};
 use engine::watch::{Cancel, Watch};
 use repository::Role;
 use serde_json::json;
@@ -26,6 +27,16 @@ pub(crate) fn run(global: &Global, wish: &RestoreArguments, cancel: &Cancel) -> 
                 "give one of these names",
             ));
         };
+        if chosen.iter().any(|(_, other)| *other == path) {
+            return Err(Explanation::new(
+                Exit::Usage,
+                "nothing was restored",
+                format!("two disks would go to {}", path.display()),
+                "give each disk a path of its own",
+            ));
+        }
+        // All of them before the first is written: half a restore is worse than none.
+        check_target(path, wish.overwrite).map_err(|error| explain(&part.name, &error))?;
         chosen.push((part, path));
     }
     let mut text = String::new();
@@ -34,6 +45,7 @@ pub(crate) fn run(global: &Global, wish: &RestoreArguments, cancel: &Cancel) -> 
         let bar = Bar::new(global.json);
         bar.step(&format!("restoring {}", part.name));
         let disk = repository.disk(&part.root);
+        let word = if wish.format == Format::Raw { "raw" } else { "qcow2" };
         let restored = match wish.format {
             Format::Raw => to_raw(&disk, path, wish.overwrite, &bar, cancel),
             Format::Qcow2 => to_qcow2(&disk, path, wish.overwrite, &bar, cancel),
@@ -41,8 +53,16 @@ pub(crate) fn run(global: &Global, wish: &RestoreArguments, cancel: &Cancel) -> 
         drop(bar);
         restored.map_err(|error| explain(&part.name, &error))?;
         // Writing to a String cannot fail.
-        writeln!(text, "restored {} to {}", part.name, path.display()).unwrap_or_default();
-        rows.push(json!({ "disk": part.name, "path": path, "size_bytes": part.size_bytes }));
+        writeln!(
+            text,
+            "restored {} of {id} to {} ({}, {})",
+            part.name,
+            path.display(),
+            word,
+            Bytes(part.size_bytes)
+        )
+        .unwrap_or_default();
+        rows.push(json!({ "disk": part.name, "path": path, "format": word, "size_bytes": part.size_bytes }));
     }
     Ok(Output::new(text, json!({ "snapshot": id.to_string(), "restored": rows })))
 }
@@ -55,16 +75,28 @@ fn explain(disk: &str, error: &RestoreError) -> Explanation {
         RestoreError::Exists(_) => {
             plain(Exit::Failed, "choose another path, or give --overwrite; nothing was changed")
         }
+        RestoreError::NotAFile(_) => plain(Exit::Usage, "give the path of a file; nothing was changed"),
+        RestoreError::NoFolder(_) => plain(Exit::Usage, "make it, or give another path; nothing was changed"),
+        RestoreError::InUse(_) => plain(
+            Exit::Failed,
+            "shut the VM down (or unmount the device) first, or restore to another path; nothing was changed",
+        ),
         RestoreError::TooSmall { .. } => plain(Exit::Failed, "choose a larger device; nothing was changed"),
         RestoreError::RawOnly(_) => plain(Exit::Usage, "give --format raw; nothing was changed"),
-        RestoreError::Target { .. } => {
-            plain(Exit::Failed, "make room or check the path; what was there as a file is unharmed")
+        RestoreError::Target { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+            plain(Exit::Failed, "make room, or give a path elsewhere; a file that was there is unharmed")
         }
-        RestoreError::Serve(_) | RestoreError::Convert { .. } => {
-            plain(Exit::Failed, "check that qemu-img is installed; or restore as raw")
-        }
-        RestoreError::Interrupted => {
-            plain(Exit::Interrupted, "nothing, or restore again; no partial file was left")
-        }
+        RestoreError::Target { .. } => plain(
+            Exit::Failed,
+            "check the path and its owner; a file that was there is unharmed, a block device may be half written",
+        ),
+        RestoreError::Serve(_) | RestoreError::Convert { .. } => plain(
+            Exit::Failed,
+            "check the cause, and that qemu-img is installed; or restore with --format raw",
+        ),
+        RestoreError::Interrupted => plain(
+            Exit::Interrupted,
+            "nothing, or restore again; no partial file was left, but a block device may be half written",
+        ),
     }
 }
