@@ -76,6 +76,8 @@ impl Instance {
     /// Connects and reads; the worker ends with it.
     pub(super) fn rehearse(&mut self, turn: &Turn<'_>) {
         if let Some(answer) = self.ask(Phase::Rehearse, "rehearse_timeout", turn) {
+            // The level to expect rests on the settings too, not only the level of a real run.
+            self.report.crash_safe = answer.crash_safe;
             self.take(answer);
         }
         self.end();
