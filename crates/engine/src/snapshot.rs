@@ -255,6 +255,10 @@ impl Carrier<'_> {
         let at_ms = now_ms();
         match prepared.cut(&mut self.monitor, STOP_TIMEOUT) {
             Ok(cut) => {
+                // The cut is over and its `cont` answered: if the VM is found paused from now on, its owner did it.
+                if let Some(plan) = &mut self.plan {
+                    plan.running = false;
+                }
                 self.receipt.order.point_before_thaw = true;
                 self.receipt.phases_ms.point = millis(began.elapsed());
                 self.receipt.point = Some(Point {

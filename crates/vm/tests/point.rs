@@ -76,6 +76,7 @@ fn plan(folder: PathBuf, snapshot: &str, bases: &[Option<&str>], only_base: bool
         snapshot: snapshot.into(),
         folder,
         cbw_timeout_s: 10,
+        running: true,
         disks: disks.map(|(number, disk)| DiskRequest { disk, base: base(number), only_base }).collect(),
     })
     .unwrap()
@@ -329,6 +330,18 @@ fn a_vm_that_was_paused_stays_paused() {
     assert!(reads(&plan, &exports[1], "read -P 0x22 0 16M"));
     release(&mut monitor, &plan, Outcome::Dropped).unwrap();
     assert_eq!(monitor.run(&QueryStatus {}).unwrap().status, "prelaunch");
+}
+
+#[test]
+fn a_vm_that_its_owner_paused_stays_paused_when_the_run_is_given_up_after_the_cut() {
+    let (qemu, mut monitor) = running();
+    monitor.run(&Stop {}).unwrap();
+    let mut plan = both(&qemu, &mut monitor, "s1", None, false);
+    plan.running = false;
+    let prepared = point::prepare(&mut monitor, &plan).unwrap();
+    assert_eq!(prepared.cut(&mut monitor, STOP_LIMIT).unwrap().stopped, None);
+    release(&mut monitor, &plan, Outcome::Dropped).unwrap();
+    assert_eq!(monitor.run(&QueryStatus {}).unwrap().status, "paused");
 }
 
 #[test]

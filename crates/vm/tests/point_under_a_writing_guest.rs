@@ -75,6 +75,7 @@ fn plan(qemu: &Qemu, monitor: &mut Monitor, snapshot: &str, parent: Option<&str>
         snapshot: snapshot.into(),
         folder: qemu.path("scratch"),
         cbw_timeout_s: 10,
+        running: true,
         disks: disks.map(|disk| DiskRequest { disk, base: base.clone(), only_base: false }).collect(),
     })
     .unwrap()

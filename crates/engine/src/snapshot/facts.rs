@@ -3,6 +3,7 @@
 use super::SnapshotError;
 use crate::parent::{BITMAP_FACT, Parent, Tracked};
 use crate::register::Register;
+use qmp::machine::QueryStatus;
 use repository::{DiskRoot, Repository, SnapshotId};
 use snapshot::Request;
 use snapshot::receipt::{DiskEvidence, Receipt};
@@ -21,6 +22,7 @@ pub(super) struct Facts {
     pub(super) wanted: Vec<Wanted>,
     chosen: bool,
     pub(super) parent: Option<SnapshotId>,
+    running: bool,
 }
 
 /// A disk that will be cut.
@@ -71,7 +73,8 @@ impl Facts {
             return Err(SnapshotError::NoDisk);
         }
         let parent = parent.map(|parent| parent.snapshot);
-        Ok(Self { disks: drives.disks, wanted, chosen, parent })
+        let running = monitor.run(&QueryStatus {})?.running;
+        Ok(Self { disks: drives.disks, wanted, chosen, parent, running })
     }
 
     pub(super) fn plan(
@@ -94,6 +97,7 @@ impl Facts {
             snapshot: run.to_owned(),
             folder: register.scratch().join(run),
             cbw_timeout_s: SCRATCH_WAIT_S,
+            running: self.running,
             disks: self.wanted.iter().map(disk).collect(),
         })
         .map(Some)

@@ -42,7 +42,8 @@ impl From<MonitorError> for PointError {
 #[must_use = "what was prepared stays in QEMU until it is released"]
 pub struct Prepared<'p> {
     plan: &'p Plan,
-    restarter: Restarter,
+    /// Absent while the vCPUs do not run: our death must not start a VM that its owner paused.
+    restarter: Option<Restarter>,
 }
 
 /// The disks are cut.
@@ -50,7 +51,7 @@ pub struct Prepared<'p> {
 pub struct Cut {
     /// How long the vCPUs were stopped; absent if they did not run before.
     pub stopped: Option<Duration>,
-    _restarter: Disarmed,
+    _restarter: Option<Disarmed>,
 }
 
 /// Does everything slow: scratch images, filters, NBD server. The guest runs on undisturbed.
@@ -77,9 +78,13 @@ pub fn prepare<'p>(monitor: &mut Monitor, plan: &'p Plan) -> Result<Prepared<'p>
     for step in plan.prepare_steps() {
         step.run(monitor)?;
     }
-    let connection = monitor.duplicate_socket().map_err(PointError::Restarter)?;
-    let restarter = Restarter::arm(connection).map_err(PointError::Restarter)?;
+    let restarter = plan.running.then(|| arm(monitor)).transpose()?;
     Ok(Prepared { plan, restarter })
+}
+
+fn arm(monitor: &Monitor) -> Result<Restarter, PointError> {
+    let connection = monitor.duplicate_socket().map_err(PointError::Restarter)?;
+    Restarter::arm(connection).map_err(PointError::Restarter)
 }
 
 impl Prepared<'_> {
@@ -89,15 +94,21 @@ impl Prepared<'_> {
     ///
     /// # Errors
     /// See [`PointError`]; call [`release`](crate::point::release) then.
-    pub fn cut(self, monitor: &mut Monitor, limit: Duration) -> Result<Cut, PointError> {
+    pub fn cut(mut self, monitor: &mut Monitor, limit: Duration) -> Result<Cut, PointError> {
         let steps = self.plan.cut_steps();
         let running = match monitor.run(&QueryStatus {}) {
             Ok(status) => status.running,
             Err(error) => {
-                drop(self.restarter.disarm());
+                self.abandon();
                 return Err(error.into());
             }
         };
+        match (running, self.restarter.take()) {
+            // Started or paused by its owner since the preparation.
+            (true, None) => self.restarter = Some(arm(monitor)?),
+            (false, Some(unneeded)) => drop(unneeded.disarm()),
+            (_, restarter) => self.restarter = restarter,
+        }
         let began = Instant::now();
         let stopped = if running { monitor.run_within(&Stop {}, limit).map(drop) } else { Ok(()) };
         let outcome = stopped
@@ -109,13 +120,13 @@ impl Prepared<'_> {
             monitor.run(&Cont {}).map_err(PointError::Paused)?;
         }
         let stopped = began.elapsed();
-        let restarter = self.restarter.disarm();
+        let restarter = self.restarter.map(Restarter::disarm);
         outcome.map(|()| Cut { stopped: running.then_some(stopped), _restarter: restarter })
     }
 
     /// Ends without a cut.
     pub fn abandon(self) {
-        drop(self.restarter.disarm());
+        drop(self.restarter.map(Restarter::disarm));
     }
 }
 

@@ -36,6 +36,8 @@ pub struct Request {
     /// Longest time that a guest's write may wait for the copy of what it overwrites, in seconds; then the snapshot
     /// breaks.
     pub cbw_timeout_s: u32,
+    /// The vCPUs run now.
+    pub running: bool,
     /// The disks to cut, all in one step.
     pub disks: Vec<DiskRequest>,
 }
@@ -60,6 +62,9 @@ pub struct Plan {
     pub socket: PathBuf,
     /// See [`Request::cbw_timeout_s`].
     pub cbw_timeout_s: u32,
+    /// The vCPUs ran when this was made, so if they are found stopped in the middle of the cut, the cut stopped them.
+    /// Otherwise somebody else did, and the way back leaves them stopped.
+    pub running: bool,
     /// What the bitmaps of this repository begin with.
     pub bitmap_prefix: String,
     /// One entry a disk.
@@ -200,6 +205,7 @@ impl Plan {
             folder: request.folder.clone(),
             socket,
             cbw_timeout_s: request.cbw_timeout_s,
+            running: request.running,
             bitmap_prefix: bitmap_prefix(&request.repository),
             disks: disks.collect(),
         })
@@ -351,6 +357,7 @@ pub(super) mod tests {
             snapshot: "new".into(),
             folder: "/run/stillpoint/scratch".into(),
             cbw_timeout_s: 10,
+            running: true,
             disks: disks.collect(),
         }
     }

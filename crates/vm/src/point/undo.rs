@@ -139,7 +139,8 @@ pub fn steps(plan: &Plan, facts: &Facts, outcome: Outcome) -> Vec<Step> {
     let mut steps = vec![];
     // Filters without their access nodes on a paused VM: whoever cut died before `cont`, and so did its restarter.
     let filtered = plan.disks.iter().any(|disk| in_place(facts, &disk.filter_node));
-    if facts.status.status == "paused" && filtered && !plan.disks.iter().any(|disk| node(&disk.access_node)) {
+    let stopped_by_us = plan.running && facts.status.status == "paused";
+    if stopped_by_us && filtered && !plan.disks.iter().any(|disk| node(&disk.access_node)) {
         steps.push(Step::Resume);
     }
     for disk in plan.disks.iter().rev() {
@@ -377,5 +378,8 @@ mod tests {
         let access = plan().disks[0].access_node.clone();
         facts.nodes.retain(|node| node.node_name.as_ref() != Some(&access));
         assert_eq!(show(&facts, Outcome::Dropped)[0], "Resume");
+        let began_paused = Plan { running: false, ..plan() };
+        let steps = steps(&began_paused, &facts, Outcome::Dropped);
+        assert!(!steps.iter().any(|step| matches!(step, Step::Resume)), "its owner paused it before the cut");
     }
 }
