@@ -177,13 +177,18 @@ impl Qemu {
         true
     }
 
-    /// The last lines of the serial console.
+    /// The last lines of the serial console, and what became of QEMU.
     pub(crate) fn serial_tail(&self) -> String {
         let bytes = std::fs::read(self.folder.join("serial.log")).unwrap_or_default();
         let text = String::from_utf8_lossy(&bytes);
         let lines: Vec<&str> = text.lines().collect();
         let shown = &lines[lines.len().saturating_sub(SERIAL_LINES_SHOWN)..];
-        format!("--- the guest's serial console ends with:\n{}\n---", shown.join("\n"))
+        let printed = std::fs::read_to_string(self.folder.join("qemu.log")).unwrap_or_default();
+        let status = self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait();
+        format!(
+            "--- the guest's serial console ends with:\n{}\n--- QEMU's end: {status:?}; it printed: {printed}---",
+            shown.join("\n")
+        )
     }
 
     fn ended(&self) -> bool {
