@@ -14,28 +14,32 @@ pub(crate) struct Arguments {
     pub(crate) command: Command,
 }
 
+/// In the help of a command its own options come first, and these below.
+const EVERY_COMMAND: &str = "Options of every command";
+
 #[derive(Debug, Args)]
 pub(crate) struct Global {
     /// Folder of the repository
-    #[arg(long, global = true, value_name = "FOLDER", env = "STILLPOINT_REPO")]
+    #[arg(long, global = true, help_heading = EVERY_COMMAND, value_name = "FOLDER", env = "STILLPOINT_REPO")]
     pub(crate) repo: Option<PathBuf>,
     /// File whose first line is the repository's passphrase (otherwise: service credential, then terminal)
-    #[arg(long, global = true, value_name = "FILE", env = "STILLPOINT_PASSPHRASE_FILE")]
+    #[arg(long, global = true, help_heading = EVERY_COMMAND, value_name = "FILE", env = "STILLPOINT_PASSPHRASE_FILE")]
     pub(crate) passphrase_file: Option<PathBuf>,
     /// File with an age identity that opens the repository
     #[arg(
         long,
         global = true,
+        help_heading = EVERY_COMMAND,
         value_name = "FILE",
         env = "STILLPOINT_KEY_FILE",
         conflicts_with = "passphrase_file"
     )]
     pub(crate) key_file: Option<PathBuf>,
     /// Folder for this host's register, journals and scratch [default: /var/lib/stillpoint, or ~/.local/state/stillpoint]
-    #[arg(long, global = true, value_name = "FOLDER", env = "STILLPOINT_STATE")]
+    #[arg(long, global = true, help_heading = EVERY_COMMAND, value_name = "FOLDER", env = "STILLPOINT_STATE")]
     pub(crate) state: Option<PathBuf>,
     /// Print one JSON object at the end instead of text
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = EVERY_COMMAND)]
     pub(crate) json: bool,
 }
 
@@ -60,7 +64,7 @@ pub(crate) enum Command {
     },
     /// Show a snapshot's receipt
     Show {
-        /// The snapshot, or an unambiguous beginning of its id
+        /// The snapshot: an unambiguous beginning of its id, or a VM's name for its newest
         id: String,
     },
     /// Write disks of a snapshot to files or block devices
@@ -69,12 +73,12 @@ pub(crate) enum Command {
     Boot(BootArguments),
     /// Read a snapshot, or all of them, and check every byte
     Verify {
-        /// The snapshot; absent: all of them
+        /// The snapshot: an unambiguous beginning of its id, or a VM's name for its newest; absent: all
         id: Option<String>,
     },
     /// Delete a snapshot; others, and the running VM, are not touched
     Delete {
-        /// The snapshot
+        /// The snapshot: an unambiguous beginning of its id
         id: String,
     },
 }
@@ -123,7 +127,7 @@ pub(crate) struct SnapshotArguments {
     /// Keep the VM's definition and firmware only, no disk
     #[arg(long, conflicts_with = "disks")]
     pub(crate) no_data: bool,
-    /// Level to try for
+    /// Level to try for: application, filesystem, crash or none
     #[arg(long, value_name = "LEVEL", default_value = "application")]
     pub(crate) want: Level,
     /// Least level to keep; below it the run fails and leaves nothing [default: crash]
@@ -154,7 +158,7 @@ fn policy(text: &str) -> Result<guest_protocol::stillpoint::ApplicationPolicy, S
 
 #[derive(Debug, Args)]
 pub(crate) struct RestoreArguments {
-    /// The snapshot
+    /// The snapshot: an unambiguous beginning of its id, or a VM's name for its newest
     pub(crate) id: String,
     /// Disk and where to write it (repeat for more)
     #[arg(long = "disk", value_name = "DISK=PATH", required = true, value_parser = disk_target)]
@@ -183,7 +187,7 @@ pub(crate) enum Format {
 
 #[derive(Debug, Args)]
 pub(crate) struct BootArguments {
-    /// The snapshot
+    /// The snapshot: an unambiguous beginning of its id, or a VM's name for its newest
     pub(crate) id: String,
     /// Memory in MiB [default: as the original]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(64..=16_777_216))]
@@ -194,7 +198,7 @@ pub(crate) struct BootArguments {
     /// kvm or tcg [default: kvm where it really runs a guest]
     #[arg(long, value_name = "ACCELERATOR", env = "STILLPOINT_ACCEL")]
     pub(crate) accel: Option<String>,
-    /// Folder for the twin's sockets, console log and overlays, made anew [default: one under the state folder]
+    /// Folder for the twin's sockets and overlays, which must not exist [default: one under the state folder]
     #[arg(long, value_name = "FOLDER")]
     pub(crate) folder: Option<PathBuf>,
 }

@@ -50,7 +50,9 @@ fn init(global: &Global) -> Result<Output, Explanation> {
 
 fn delete(global: &Global, id: &str) -> Result<Output, Explanation> {
     let repository = open_repository(global)?;
-    let id = find(&repository, id)?;
+    // By its id only: "the newest" is another one after the next snapshot.
+    let id =
+        repository.find(id).map_err(|e| of_repository(&format!("snapshot '{id}' was not deleted"), &e))?;
     repository.delete(&id).map_err(|e| of_repository(&format!("snapshot {id} was not deleted"), &e))?;
     let text = format!("deleted {id}; no VM was touched\n");
     Ok(Output::new(text, json!({ "deleted": id.to_string() })))
@@ -79,8 +81,18 @@ fn open_register(global: &Global) -> Result<Register, Explanation> {
     Register::open(&global.state_folder()?).map_err(|e| of_register("the state folder cannot be used", &e))
 }
 
-fn find(repository: &Repository, prefix: &str) -> Result<SnapshotId, Explanation> {
-    repository.find(prefix).map_err(|e| of_repository(&format!("snapshot '{prefix}' cannot be used"), &e))
+/// The snapshot whose id begins so, else the newest of the VM with that name.
+fn find(repository: &Repository, wanted: &str) -> Result<SnapshotId, Explanation> {
+    let failed = |e: Error| of_repository(&format!("snapshot '{wanted}' cannot be used"), &e);
+    match repository.find(wanted) {
+        Err(unknown @ Error::NoSuchSnapshot { .. }) => {
+            let all = repository.snapshots().map_err(failed)?;
+            let newest =
+                all.iter().rev().find(|(_, summary)| summary.vm == wanted && summary.damage.is_none());
+            newest.map(|(id, _)| *id).ok_or_else(|| failed(unknown))
+        }
+        other => other.map_err(failed),
+    }
 }
 
 fn read_manifest(repository: &Repository, prefix: &str) -> Result<(SnapshotId, Manifest), Explanation> {
@@ -100,7 +112,25 @@ fn of_repository(problem: &str, error: &Error) -> Explanation {
         Error::Damaged { .. } | Error::Missing { .. } | Error::WrongBlock { .. } => Exit::Damaged,
         _ => Exit::Failed,
     };
-    Explanation::new(exit, problem, error.to_string(), error.to_do())
+    let to_do = match error {
+        Error::AmbiguousSnapshot { matches, .. } => {
+            let newest: Vec<String> = matches.iter().rev().take(4).map(ToString::to_string).collect();
+            format!(
+                "give more characters of the id, or the VM's name for its newest; the last are {}",
+                newest.join(", ")
+            )
+        }
+        _ => error.to_do().to_owned(),
+    };
+    Explanation::new(exit, problem, error.to_string(), to_do)
+}
+
+/// Advice for a monitor that cannot be reached.
+fn reach_monitor(vm: &str) -> String {
+    format!(
+        "check that the VM runs and that nothing else holds its monitor; `stillpoint vm list` shows the sockets of {vm}, \
+         `vm remove` and `vm add` change them"
+    )
 }
 
 /// A failure of the register in three lines.

@@ -102,7 +102,10 @@ impl Guest {
         match self.kind() {
             receipt::Agent::None => why.map_or_else(|| "no agent".to_owned(), |why| why.message.clone()),
             receipt::Agent::QemuGa { version } => format!("qemu-ga {version} (quiesces no application)"),
-            receipt::Agent::Stillpoint { version } => format!("stillpoint-agent {version}"),
+            // The version is the one that hosts which know only qemu-ga compare; its own is in its reports.
+            receipt::Agent::Stillpoint { version } => {
+                format!("stillpoint-agent, compatible with qemu-ga {version}")
+            }
         }
     }
 

@@ -13,15 +13,17 @@ const DISK_BYTES: usize = 3 << 20;
 /// A disk with data at both ends and a hole between, and its bytes.
 fn disk(folder: &Path) -> (DiskReader, Vec<u8>) {
     let secret = Secret::Passphrase("correct horse battery staple".to_owned().into());
-    let repository = Repository::init(&folder.join("repository"), &secret).unwrap();
+    let repository =
+        Repository::init(&folder.join("repository"), &secret).expect("a temporary repository works");
     let mut bytes = vec![0_u8; DISK_BYTES];
     bytes[..8192].fill(0x11);
     bytes[DISK_BYTES - 4096..].fill(0x22);
-    let writer = repository.begin().unwrap();
-    let mut disk = writer.disk(DISK_BYTES as u64, None).unwrap();
-    disk.write(0, &bytes[..8192]).unwrap();
-    disk.write((DISK_BYTES - 4096) as u64, &bytes[DISK_BYTES - 4096..]).unwrap();
-    let (root, _) = disk.finish().unwrap();
+    let writer = repository.begin().expect("a temporary repository works");
+    let mut disk = writer.disk(DISK_BYTES as u64, None).expect("a temporary repository works");
+    disk.write(0, &bytes[..8192]).expect("a temporary repository works");
+    disk.write((DISK_BYTES - 4096) as u64, &bytes[DISK_BYTES - 4096..])
+        .expect("a temporary repository works");
+    let (root, _) = disk.finish().expect("a temporary repository works");
     let manifest = Manifest {
         vm: "db1".to_owned(),
         parent: None,
@@ -32,7 +34,7 @@ fn disk(folder: &Path) -> (DiskReader, Vec<u8>) {
         definition: serde_json::Value::Null,
         receipt: serde_json::Value::Null,
     };
-    writer.commit(manifest).unwrap();
+    writer.commit(manifest).expect("a temporary repository works");
     (repository.disk(&root), bytes)
 }
 

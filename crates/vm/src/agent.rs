@@ -42,8 +42,13 @@ pub enum Kind {
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     /// The socket cannot be connected to.
-    #[error("the agent socket cannot be connected to: {0}")]
-    Connect(#[source] io::Error),
+    #[error("the agent socket {} cannot be connected to: {source}", .path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// Connected, but nobody in the guest answers; or another program holds the channel, which takes one at a time.
     #[error("no agent answers in the guest (or another program holds its channel)")]
     Silent,
@@ -257,7 +262,11 @@ impl Agent {
         loop {
             if self.stream.is_none() {
                 let stream = unix::connect(&self.path, deadline).map_err(|error| {
-                    if unix::is_timeout(&error) { AgentError::Silent } else { AgentError::Connect(error) }
+                    if unix::is_timeout(&error) {
+                        AgentError::Silent
+                    } else {
+                        AgentError::Connect { path: self.path.clone(), source: error }
+                    }
                 })?;
                 self.stream = Some(stream);
             }

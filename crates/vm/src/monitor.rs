@@ -8,7 +8,7 @@ use qmp::{CommandError, Event, Greeting, Session, WireError};
 use serde_json::Value;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How long an ordinary command may take. `stop` flushes every disk; give such commands their own limit.
@@ -18,11 +18,19 @@ pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
     /// The socket could not be connected to.
-    #[error("the monitor socket cannot be connected to: {0}")]
-    Connect(#[source] io::Error),
-    /// Connected, but QEMU sent no greeting: it serves one client at a time.
-    #[error("QEMU does not greet: another program holds this monitor")]
-    Busy,
+    #[error("the monitor socket {} cannot be connected to: {source}", .path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Connected, but nothing greeted: QEMU serves one client at a time.
+    #[error("nothing greets at {}: another program holds this monitor, or this is no monitor socket", .path.display())]
+    Busy {
+        /// The socket.
+        path: PathBuf,
+    },
     /// QEMU closed the connection (or ended) before it answered.
     #[error("QEMU closed the monitor before it answered {command}")]
     Closed {
@@ -78,7 +86,12 @@ impl Monitor {
     pub fn connect(path: &Path, limit: Duration) -> Result<Self, MonitorError> {
         let deadline = Instant::now() + limit;
         let stream = unix::connect(path, deadline).map_err(|error| {
-            if unix::is_timeout(&error) { MonitorError::Busy } else { MonitorError::Connect(error) }
+            let path = path.to_owned();
+            if unix::is_timeout(&error) {
+                MonitorError::Busy { path }
+            } else {
+                MonitorError::Connect { path, source: error }
+            }
         })?;
         let peer = unix::peer(&stream).ok();
         let mut monitor = Self { stream, session: Session::new(), greeting: Greeting::default(), peer };
@@ -87,7 +100,7 @@ impl Monitor {
                 break greeting.clone();
             }
             if !monitor.receive(deadline, "the greeting")? {
-                return Err(MonitorError::Busy);
+                return Err(MonitorError::Busy { path: path.to_owned() });
             }
         };
         monitor.run_within(&QmpCapabilities {}, limit)?;

@@ -257,7 +257,7 @@ fn a_guest_without_agent_and_a_missing_socket_are_told_apart_in_time() {
     let folder = tempfile::tempdir().unwrap();
     let began = Instant::now();
     let error = Agent::connect(&folder.path().join("none"), SHORT).unwrap_err();
-    assert!(matches!(error, AgentError::Connect(_)), "{error}");
+    assert!(matches!(error, AgentError::Connect { .. }), "{error}");
     let _listener = UnixListener::bind(folder.path().join("silent")).unwrap();
     let error = Agent::connect(&folder.path().join("silent"), SHORT).unwrap_err();
     assert!(matches!(error, AgentError::Silent), "{error}");

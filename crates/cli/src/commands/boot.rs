@@ -3,6 +3,7 @@
 use super::{of_register, of_repository, open_register, open_repository, read_manifest};
 use crate::Output;
 use crate::arguments::{BootArguments, Global};
+use crate::escape::Plain;
 use crate::explain::{Exit, Explanation};
 use engine::boot::{BootError, TwinWish, start};
 use engine::watch::Cancel;
@@ -10,6 +11,10 @@ use serde_json::json;
 use std::io::Write;
 use std::time::Duration;
 use vm::machine::Accelerator;
+use vm::twin::Twin;
+
+/// Lines of the guest's console that are shown when it ends by itself.
+const CONSOLE_LINES_SHOWN: usize = 5;
 
 pub(crate) fn run(global: &Global, wish: &BootArguments, cancel: &Cancel) -> Result<Output, Explanation> {
     let accelerator = wish.accel.as_deref().map(accelerator).transpose()?;
@@ -31,7 +36,7 @@ pub(crate) fn run(global: &Global, wish: &BootArguments, cancel: &Cancel) -> Res
         "accelerator": running.accelerator,
     });
     let text = format!(
-        "a twin of {id} runs, without a network ({})\n  agent    {}\n  monitor  {}\nCtrl-C ends it and discards what it wrote\n",
+        "a twin of {id} has started and boots, without a network ({})\n  agent    {}\n  monitor  {}\nCtrl-C ends it and discards what it wrote\n",
         running.accelerator,
         files.agent().display(),
         files.monitor().display(),
@@ -41,6 +46,7 @@ pub(crate) fn run(global: &Global, wish: &BootArguments, cancel: &Cancel) -> Res
     // Whoever started us may not read it; the twin runs all the same.
     let _ = out.write_all(started.as_bytes()).and_then(|()| out.flush());
     drop(out);
+    let mut last_words = String::new();
     let ended = loop {
         if cancel.is_set() {
             break "ended as asked";
@@ -48,9 +54,13 @@ pub(crate) fn run(global: &Global, wish: &BootArguments, cancel: &Cancel) -> Res
         let waited = running.twin().wait(Duration::from_millis(200));
         match waited {
             Ok(None) => {}
-            Ok(Some(status)) if status.success() => break "shut down by itself",
+            Ok(Some(status)) if status.success() => {
+                last_words = console(running.twin());
+                break "shut down by itself";
+            }
             Ok(Some(status)) => {
                 let cause = format!("its QEMU ended with {status}");
+                eprint!("{}", console(running.twin()));
                 return Err(Explanation::new(
                     Exit::Failed,
                     "the twin failed",
@@ -70,7 +80,19 @@ pub(crate) fn run(global: &Global, wish: &BootArguments, cancel: &Cancel) -> Res
         }
     };
     drop(running);
-    Ok(Output::new(format!("the twin {ended}\n"), json!({ "snapshot": id.to_string(), "ended": ended })))
+    Ok(Output::new(
+        format!("{last_words}the twin {ended}\n"),
+        json!({ "snapshot": id.to_string(), "ended": ended }),
+    ))
+}
+
+/// What the guest said last: a panic looks like a shutdown from outside.
+fn console(twin: &Twin) -> String {
+    let tail = twin.console_tail();
+    let said: Vec<&str> = tail.lines().filter(|line| !line.trim().is_empty()).collect();
+    let last = &said[said.len().saturating_sub(CONSOLE_LINES_SHOWN)..];
+    let lines: String = last.iter().map(|line| format!("  {}\n", Plain(line.trim_end()))).collect();
+    if lines.is_empty() { lines } else { format!("its console ends with\n{lines}") }
 }
 
 fn accelerator(name: &str) -> Result<Accelerator, Explanation> {

@@ -1,6 +1,6 @@
 //! `check`: the rehearsal.
 
-use super::{of_register, open_register};
+use super::{of_register, open_register, reach_monitor};
 use crate::Output;
 use crate::arguments::Global;
 use crate::escape::Plain;
@@ -17,7 +17,7 @@ pub(crate) fn run(global: &Global, name: &str) -> Result<Output, Explanation> {
     let entry = register.get(name).map_err(|e| of_register(&problem, &e))?;
     let rehearsal = rehearse(&entry).map_err(|error| match error {
         CheckError::Monitor(_) => {
-            Explanation::new(Exit::Unreachable, &problem, error.to_string(), "check that the VM runs and its socket is right")
+            Explanation::new(Exit::Unreachable, &problem, error.to_string(), reach_monitor(name))
         }
         CheckError::Agent(_) => Explanation::new(
             Exit::Unreachable,

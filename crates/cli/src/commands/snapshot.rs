@@ -1,6 +1,6 @@
 //! `snapshot`: takes one.
 
-use super::{of_register, of_repository, open_register, open_repository};
+use super::{of_register, of_repository, open_register, open_repository, reach_monitor};
 use crate::Output;
 use crate::arguments::{Global, SnapshotArguments};
 use crate::explain::{Exit, Explanation};
@@ -134,10 +134,7 @@ fn explain(request: &Request, error: &SnapshotError) -> Explanation {
         SnapshotError::Register(error) => of_register(&problem, error),
         SnapshotError::Repository(error) => of_repository(&problem, error),
         SnapshotError::Copy { source: CopyError::Store(error), .. } => of_repository(&problem, error),
-        SnapshotError::Monitor(_) => plain(
-            Exit::Unreachable,
-            &format!("check that the VM runs and that `stillpoint vm show {vm}` names its sockets"),
-        ),
+        SnapshotError::Monitor(_) => plain(Exit::Unreachable, &reach_monitor(vm)),
         SnapshotError::Leftovers(_) => {
             plain(Exit::Failed, "try again; if it persists, restart the VM: its disks are sound")
         }

@@ -1,6 +1,6 @@
 //! `vm`: the register.
 
-use super::{of_register, open_register};
+use super::{of_register, open_register, reach_monitor};
 use crate::Output;
 use crate::arguments::{Global, VmCommand};
 use crate::escape::Plain;
@@ -19,6 +19,15 @@ pub(crate) fn run(global: &Global, command: &VmCommand) -> Result<Output, Explan
             let agent = agent.as_deref().map(absolute).transpose()?;
             let entry = VmEntry { name: name.clone(), qmp: absolute(qmp)?, agent };
             register.add(&entry).map_err(|e| of_register(&format!("{name} was not registered"), &e))?;
+            for socket in [Some(&entry.qmp), entry.agent.as_ref()].into_iter().flatten() {
+                // Only whether it is there: connecting would take the channel from whoever uses it now.
+                if !socket.exists() {
+                    eprintln!(
+                        "warning: {} is not there now; it must be when the VM runs",
+                        Plain(socket.display())
+                    );
+                }
+            }
             let text = format!("registered {name}; see what counts with `stillpoint vm show {name}`\n");
             Ok(Output::new(text, json!({ "added": entry })))
         }
@@ -40,8 +49,8 @@ pub(crate) fn run(global: &Global, command: &VmCommand) -> Result<Output, Explan
             let entry =
                 register.get(name).map_err(|e| of_register(&format!("{name} cannot be shown"), &e))?;
             let seen = survey(&entry).map_err(|e| {
-                let to_do = "check that the VM runs and that the socket is right";
-                Explanation::new(Exit::Unreachable, format!("{name} cannot be asked"), e.to_string(), to_do)
+                let problem = format!("{name} cannot be asked");
+                Explanation::new(Exit::Unreachable, problem, e.to_string(), reach_monitor(name))
             })?;
             Ok(Output::new(page(&entry, &seen), json!({ "vm": entry, "seen": seen })))
         }
