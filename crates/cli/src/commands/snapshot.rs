@@ -166,7 +166,7 @@ fn explain(request: &Request, error: &SnapshotError) -> Explanation {
         ),
         SnapshotError::Copy { .. } => plain(
             Exit::Failed,
-            "the VM runs on undisturbed; if the cause names a full or slow disk, make room in the state folder and try again",
+            "the VM runs on undisturbed; mostly the disk of the state folder was full or slow: make room in the state folder, try again",
         ),
         SnapshotError::Interrupted => Explanation::new(
             Exit::Interrupted,
