@@ -3,12 +3,16 @@
 use repository::{Error, Part, Role, Writer};
 use snapshot::Reason;
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use vm::machine::Definition;
 
 /// Largest kernel, initrd or firmware that is kept, in bytes. Distributions' initrds reach 200 MiB.
 const FILE_BYTES_MAX: u64 = 512 << 20;
+
+/// `O_NONBLOCK`, as `custom_flags` wants it.
+const NONBLOCK: i32 = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
 
 /// What was kept.
 #[derive(Debug)]
@@ -53,12 +57,33 @@ fn part(writer: &Writer, role: Role, name: &str, bytes: &[u8]) -> Result<Part, E
 }
 
 fn read(path: &str) -> io::Result<Vec<u8>> {
-    let file = File::open(path)?;
-    let size = file.metadata()?.len();
+    // Not blocking, because the path may name a FIFO; what is no plain file is not read at all.
+    let file = OpenOptions::new().read(true).custom_flags(NONBLOCK).open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::other("it is no plain file"));
+    }
+    let size = metadata.len();
     if size > FILE_BYTES_MAX {
         return Err(io::Error::other(format!("it has {size} bytes")));
     }
     let mut bytes = Vec::new();
     file.take(FILE_BYTES_MAX).read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_boot_file_that_is_a_fifo_or_a_device_neither_blocks_nor_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("kernel");
+        let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
+        assert!(made.success());
+        for path in [fifo.to_str().unwrap(), "/dev/zero", folder.path().to_str().unwrap()] {
+            assert!(read(path).unwrap_err().to_string().contains("plain file"), "{path}");
+        }
+    }
 }

@@ -177,6 +177,8 @@ fn ours(receipt: &Receipt, reasons: &mut Vec<Reason>, applications: &mut Vec<(Le
             level = level.min(worth);
         }
     }
+    let gaps = report.uncovered.iter().chain(&report.reasons);
+    level = gaps.filter_map(|reason| gap(&reason.code)).fold(level, Level::min);
     if report.filesystems.is_empty() {
         reasons.push(Reason::new("no_filesystem_reported", &receipt.vm, "the guest named no file system"));
         level = Level::Crash;
@@ -193,6 +195,16 @@ fn ours(receipt: &Receipt, reasons: &mut Vec<Reason>, applications: &mut Vec<(Le
         level = Level::Filesystem;
     }
     level
+}
+
+/// The most that is left when the guest could not look at, or freeze, a part of itself.
+fn gap(code: &str) -> Option<Level> {
+    match code {
+        // Local data that goes on being written, or that nobody looked for.
+        "zfs_cannot_freeze" | "too_many_namespaces" | "too_many_filesystems" => Some(Level::Crash),
+        "too_many_applications" => Some(Level::Filesystem),
+        _ => None,
+    }
 }
 
 /// Did this run's freeze hold around the point?

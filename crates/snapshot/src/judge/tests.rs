@@ -182,6 +182,15 @@ fn a_writable_file_system_on_an_unknown_disk_makes_it_none() {
 }
 
 #[test]
+fn what_the_guest_could_not_look_at_or_freeze_lowers_the_level() {
+    let gap = |code: &str| Reason::new(code, "/", "");
+    check_guest(|g| g.uncovered.push(gap("zfs_cannot_freeze")), Level::Crash, "zfs_cannot_freeze");
+    check_guest(|g| g.reasons.push(gap("too_many_namespaces")), Level::Crash, "too_many_namespaces");
+    check_guest(|g| g.reasons.push(gap("too_many_applications")), Level::Filesystem, "too_many_applications");
+    check_guest(|g| g.uncovered.push(gap("network_filesystem")), Level::Application, "network_filesystem");
+}
+
+#[test]
 fn without_an_application_nobody_vouches_above_filesystem() {
     check_guest(|g| g.applications.clear(), Level::Filesystem, "no_application_found");
 }
