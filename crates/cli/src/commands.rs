@@ -151,3 +151,6 @@ fn of_register(problem: &str, error: &RegisterError) -> Explanation {
     };
     Explanation::new(exit, problem, error.to_string(), to_do)
 }
+
+#[cfg(test)]
+mod tests;

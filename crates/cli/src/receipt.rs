@@ -74,7 +74,9 @@ impl Page<'_> {
             1 => "1 disk".to_owned(),
             n => format!("{n} disks at one instant"),
         };
-        let how = if point.vcpus_stopped {
+        let how = if point.vcpus_stopped && point.stopped_ms <= 0.0 {
+            ", while the VM was paused".to_owned()
+        } else if point.vcpus_stopped {
             format!(", virtual CPUs stopped for {:.1} ms", point.stopped_ms)
         } else {
             String::new()
@@ -209,3 +211,6 @@ fn heading(f: &mut Formatter<'_>, name: &str, empty: bool) -> fmt::Result {
 fn line(f: &mut Formatter<'_>, name: &str, text: impl Display) -> fmt::Result {
     writeln!(f, "  {name:<10} {text}")
 }
+
+#[cfg(test)]
+mod tests;

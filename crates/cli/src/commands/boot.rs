@@ -106,7 +106,7 @@ fn accelerator(name: &str) -> Result<Accelerator, Explanation> {
     }
 }
 
-fn explain(error: &BootError) -> Explanation {
+pub(super) fn explain(error: &BootError) -> Explanation {
     let problem = "no twin was started";
     let to_do = match error {
         BootError::Repository(error) => return of_repository(problem, error),

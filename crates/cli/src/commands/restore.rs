@@ -67,7 +67,7 @@ pub(crate) fn run(global: &Global, wish: &RestoreArguments, cancel: &Cancel) -> 
     Ok(Output::new(text, json!({ "snapshot": id.to_string(), "restored": rows })))
 }
 
-fn explain(disk: &str, error: &RestoreError) -> Explanation {
+pub(super) fn explain(disk: &str, error: &RestoreError) -> Explanation {
     let problem = format!("disk '{disk}' was not restored");
     let plain = |exit, to_do: &str| Explanation::new(exit, &problem, error.to_string(), to_do);
     match error {

@@ -11,6 +11,7 @@ use engine::snapshot::{SnapshotError, Taken, take};
 use engine::watch::Cancel;
 use serde_json::{Value, json};
 use snapshot::{Level, Reason, Request};
+use vm::point::PointError;
 
 pub(crate) fn run(global: &Global, wish: &SnapshotArguments, cancel: &Cancel) -> Result<Output, Explanation> {
     let request = request(wish)?;
@@ -126,7 +127,7 @@ fn timestamp(ms: u64) -> Option<String> {
     Some(format!("{time:.3}"))
 }
 
-fn explain(request: &Request, error: &SnapshotError) -> Explanation {
+pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
     let vm = &request.vm;
     let problem = format!("no snapshot of {vm} was taken");
     let plain = |exit, to_do: &str| Explanation::new(exit, &problem, error.to_string(), to_do);
@@ -143,9 +144,14 @@ fn explain(request: &Request, error: &SnapshotError) -> Explanation {
             &format!("see `stillpoint vm show {vm}` for its disks, and why others do not count"),
         ),
         SnapshotError::Plan(_) => plain(Exit::Usage, "give another state folder with --state"),
-        SnapshotError::Point(_) => {
-            plain(Exit::Failed, "the guest was thawed and QEMU is as before; see the cause")
+        SnapshotError::Point(PointError::Paused(_)) => {
+            plain(Exit::Failed, "let the VM run, with `cont` in QEMU's monitor; its disks are sound")
         }
+        SnapshotError::Point(PointError::Unsupported(_)) => plain(Exit::Failed, "use QEMU 7.2 or later"),
+        SnapshotError::Point(PointError::IoThread(_)) => {
+            plain(Exit::Failed, "attach the disk without an I/O thread, or choose other disks with --disk")
+        }
+        SnapshotError::Point(_) => plain(Exit::Failed, "see the cause, and try again; the disks are sound"),
         SnapshotError::Freeze(_) => plain(
             Exit::BelowRequired,
             &format!(
@@ -155,13 +161,17 @@ fn explain(request: &Request, error: &SnapshotError) -> Explanation {
         SnapshotError::BelowRequired { reached, required, reasons } => Explanation::new(
             Exit::BelowRequired,
             format!("no {required}-consistent snapshot of {vm} was taken"),
-            format!("it would be {reached}: {}; the guest was thawed and nothing was kept", list(reasons)),
+            format!(
+                "only {reached} was reached: {}; {}, and nothing was kept",
+                list(reasons),
+                state(reasons)
+            ),
             format!("see `stillpoint check {vm}`, mend the cause, or accept it with --require {reached}"),
         ),
         SnapshotError::RequiredApplication(reason) => Explanation::new(
             Exit::BelowRequired,
             format!("no snapshot of {vm} was taken: a required application was not quiesced"),
-            format!("{}: {}; the guest was thawed and nothing was kept", reason.subject, reason.message),
+            format!("{}: {}; nothing was kept", reason.subject, reason.message),
             format!("see `stillpoint check {vm}`, or make its policy preferred"),
         ),
         SnapshotError::Copy { .. } => plain(
@@ -174,6 +184,15 @@ fn explain(request: &Request, error: &SnapshotError) -> Explanation {
             "interrupted; the guest was thawed and everything was cleaned up",
             "nothing, or take it again",
         ),
+    }
+}
+
+/// Whether the guest was let go of. A stock agent that stops answering may leave it frozen, and that must be said.
+fn state(reasons: &[Reason]) -> &'static str {
+    if reasons.iter().any(|reason| reason.code == "thaw_failed") {
+        "the thaw was not answered, so see at once whether the guest still hangs"
+    } else {
+        "the guest is not frozen"
     }
 }
 
