@@ -17,7 +17,10 @@ use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(wrong) => return usage(&wrong),
+    };
     let cancel = Cancel::default();
     let listening = if arguments.command.cleans_up() { listen(&cancel) } else { Ok(()) };
     let outcome = listening.and_then(|()| commands::run(&arguments, &cancel));
@@ -37,6 +40,22 @@ fn main() -> ExitCode {
             ExitCode::from(explanation.exit as u8)
         }
     }
+}
+
+/// Help, the version, or what is wrong with the command line; the latter for programs too, if they asked for that.
+fn usage(wrong: &clap::Error) -> ExitCode {
+    let code = if wrong.use_stderr() { Exit::Usage as u8 } else { 0 };
+    // Nobody reads us any more: there is nobody to tell either.
+    let _ = wrong.print();
+    if code != 0 && std::env::args_os().any(|word| word == "--json") {
+        let text = wrong.to_string();
+        let first = text.lines().next().unwrap_or_default();
+        let cause = first.strip_prefix("error: ").unwrap_or(first);
+        let explanation =
+            Explanation::new(Exit::Usage, "the command line is wrong", cause, "see the command's --help");
+        println!("{}", explanation.json());
+    }
+    ExitCode::from(code)
 }
 
 /// The first Ctrl-C, SIGTERM or SIGHUP asks the operation to end; a third Ctrl-C ends the program as it stands, which loses

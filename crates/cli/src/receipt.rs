@@ -199,9 +199,16 @@ fn filesystems(f: &mut Formatter<'_>, guest: &GuestReport) -> fmt::Result {
 pub(crate) fn reasons(f: &mut Formatter<'_>, reasons: &[Reason]) -> fmt::Result {
     heading(f, "to know", reasons.is_empty())?;
     for reason in reasons {
-        writeln!(f, "  {}: {} [{}]", Plain(&reason.subject), Plain(&reason.message), Plain(&reason.code))?;
+        writeln!(f, "  {}", said(reason))?;
     }
     Ok(())
+}
+
+/// A reason on one line; some are about the guest as a whole and have no subject.
+pub(crate) fn said(reason: &Reason) -> String {
+    let subject =
+        if reason.subject.is_empty() { String::new() } else { format!("{}: ", Plain(&reason.subject)) };
+    format!("{subject}{} [{}]", Plain(&reason.message), Plain(&reason.code))
 }
 
 fn heading(f: &mut Formatter<'_>, name: &str, empty: bool) -> fmt::Result {

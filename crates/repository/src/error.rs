@@ -164,7 +164,7 @@ impl Error {
                 "make room where the repository lives; its earlier snapshots are unharmed"
             }
             Error::Store { .. } => {
-                "check the repository's disk or network and repeat; earlier snapshots are unharmed"
+                "check the repository's owner, disk or network and repeat; earlier snapshots are unharmed"
             }
             Error::StoreUnfit { .. } => "use a store that shows a new object to every reader at once",
             Error::NoSuchSnapshot { .. } => "list them with `stillpoint snapshots`",

@@ -5,6 +5,7 @@ use crate::Output;
 use crate::arguments::Global;
 use crate::escape::Plain;
 use crate::explain::{Exit, Explanation};
+use crate::receipt::said;
 use crate::units::{Bytes, Millis};
 use engine::check::{CheckError, Rehearsal, rehearse};
 use guest_protocol::stillpoint::{CheckReport, FilesystemState};
@@ -77,8 +78,7 @@ fn page(name: &str, rehearsal: &Rehearsal, report: &CheckReport) -> String {
         text.push_str("to know\n");
     }
     for reason in &rehearsal.reasons {
-        writeln!(text, "  {}: {} [{}]", Plain(&reason.subject), Plain(&reason.message), Plain(&reason.code))
-            .unwrap_or_default();
+        writeln!(text, "  {}", said(reason)).unwrap_or_default();
     }
     text
 }

@@ -176,7 +176,8 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
         ),
         SnapshotError::Copy { .. } => plain(
             Exit::Failed,
-            "the VM runs on undisturbed; mostly the disk of the state folder was full or slow: make room in the state folder, try again",
+            "see that the VM still runs; if so, it was not disturbed, and mostly the disk of the state folder was full or slow: make \
+             room there, try again",
         ),
         SnapshotError::Interrupted => Explanation::new(
             Exit::Interrupted,
