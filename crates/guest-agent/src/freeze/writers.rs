@@ -42,7 +42,9 @@ pub fn writers(
             .filter_map(|descriptor| written_mount(&fs::read_to_string(descriptor.path()).ok()?))
             .filter_map(|mount| superblocks.get(mounts.get(&mount)?))
             .collect();
-        if !mountpoints.is_empty() {
+        // A server starts children all the time: one that came after `except` was listed is known by its parent.
+        let stat = || read_bounded(&folder.join("stat"), 1024).unwrap_or_default();
+        if !mountpoints.is_empty() && !parent(&stat()).is_some_and(|parent| except.contains(&parent)) {
             let command = read_bounded(&folder.join("comm"), 64).unwrap_or_default();
             found.push(UnknownWriter {
                 pid,
@@ -52,6 +54,12 @@ pub fn writers(
         }
     }
     (found, true)
+}
+
+/// The parent's pid. Source: `proc_pid_stat(5)`; the command may hold any byte, so it is looked for from the end.
+fn parent(stat: &[u8]) -> Option<u32> {
+    let text = String::from_utf8_lossy(stat);
+    text.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// The mount of a descriptor that is open for writing. Source: `proc_pid_fdinfo(5)`; `flags` is octal.
@@ -65,6 +73,12 @@ fn written_mount(info: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_parent_is_found_behind_any_command() {
+        assert_eq!(parent(b"7 (a) 1 (b) S 42 7 7 0"), Some(42));
+        assert_eq!(parent(b"7 (sh"), None);
+    }
 
     #[test]
     fn a_descriptor_counts_when_it_can_write() {
