@@ -23,6 +23,8 @@ pub(crate) struct Packs {
 struct State {
     sequence: u32,
     open: Vec<u8>,
+    /// Memory of packs that were put, for the next ones: never more than were open or in flight at once.
+    spare: Vec<Vec<u8>>,
     /// Windows whose frames lie in the open pack.
     windows: Vec<(WindowKey, FrameAddress)>,
     /// Packs that are being put; the writer may still read its own nodes from them.
@@ -56,7 +58,8 @@ impl Packs {
             return Err(error.clone());
         }
         let name = PackName { lease: self.lease, sequence: state.sequence };
-        if state.open.capacity() == 0 {
+        if state.open.is_empty() {
+            state.open = state.spare.pop().unwrap_or_default();
             state.open.reserve_exact(PACK_BYTES_TARGET + (256 << 10));
         }
         // Sealing under the lock costs 50 µs a frame, and saves a second copy of every frame.
@@ -143,7 +146,9 @@ impl Packs {
     fn put(&self, closed: Closed) -> Result<(), Error> {
         let put = self.frames.objects.put(&closed.name.object(), closed.bytes);
         let mut state = self.lock();
-        state.in_flight.remove(&closed.name);
+        if let Some(memory) = state.in_flight.remove(&closed.name).and_then(reclaim) {
+            state.spare.push(memory);
+        }
         if let Err(error) = &put {
             state.failed.get_or_insert_with(|| error.clone());
         }
@@ -169,4 +174,14 @@ fn close(state: &mut State, name: PackName) -> Closed {
     let bytes = PutPayload::from(bytes);
     state.in_flight.insert(name, bytes.clone());
     Closed { name, bytes, windows: std::mem::take(&mut state.windows) }
+}
+
+/// The memory of a pack, emptied, if the store has let go of it. Fresh memory of this size costs a page fault for
+/// every 4 KiB of each pack.
+fn reclaim(pack: PutPayload) -> Option<Vec<u8>> {
+    // A statement of its own: the iterator holds the memory as well, until the statement ends.
+    let bytes = pack.into_iter().next()?;
+    let mut memory = bytes.try_into_mut().ok()?;
+    memory.clear();
+    Some(memory.into())
 }
