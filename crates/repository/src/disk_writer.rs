@@ -179,7 +179,7 @@ impl<'w> DiskWriter<'w> {
             }
             let ticket = self.results.ticket();
             self.tickets += 1;
-            let mut blocks = Vec::with_capacity(changed.len() * BLOCK_BYTES);
+            let mut blocks = self.results.memory();
             for (index, (slot, block, checksum)) in (0u8..).zip(&changed) {
                 leaf.set_pending(*slot, ticket, index, *checksum);
                 blocks.extend_from_slice(&block[..]);
@@ -189,7 +189,7 @@ impl<'w> DiskWriter<'w> {
         }
         for (slot, block, checksum) in changed {
             if self.gathered.is_empty() {
-                self.gathered.reserve_exact(FRAME_BLOCKS_MAX * BLOCK_BYTES);
+                self.gathered = self.results.memory();
                 self.gathered_ticket = self.results.ticket();
                 self.tickets += 1;
             }

@@ -3,7 +3,7 @@
 use crate::Error;
 use crate::frame_index::WindowKey;
 use crate::packs::Packs;
-use repository_format::{Compressor, FrameAddress, FrameKind};
+use repository_format::{BLOCK_BYTES, Compressor, FRAME_BLOCKS_MAX, FrameAddress, FrameKind};
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -76,6 +76,7 @@ impl FrameJob {
         let Some(results) = self.results.take() else { return };
         let mut state = results.lock();
         state.unfinished -= 1;
+        state.spare.push(std::mem::take(&mut self.blocks));
         match appended {
             Ok(address) => {
                 state.stored_bytes += u64::from(address.length);
@@ -109,6 +110,8 @@ struct ResultState {
     tickets: u64,
     unfinished: u64,
     addresses: HashMap<u64, FrameAddress>,
+    /// Memory of finished frames, for the next ones: never more than were in the queue and with the threads at once.
+    spare: Vec<Vec<u8>>,
     stored_bytes: u64,
     error: Option<Error>,
 }
@@ -130,6 +133,14 @@ impl Results {
         let mut state = self.lock();
         state.tickets += 1;
         state.tickets
+    }
+
+    /// Empty memory for the blocks of a frame.
+    pub(crate) fn memory(&self) -> Vec<u8> {
+        let mut memory = self.lock().spare.pop().unwrap_or_default();
+        memory.clear();
+        memory.reserve_exact(FRAME_BLOCKS_MAX * BLOCK_BYTES);
+        memory
     }
 
     /// Fails early, while a disk is still being read.
