@@ -1,6 +1,7 @@
 //! Payloads: one byte that says how, then the body.
 
 use crate::FormatError;
+use std::cell::RefCell;
 
 const PLAIN: u8 = 0;
 const ZSTD: u8 = 1;
@@ -50,6 +51,12 @@ impl Compressor {
     }
 }
 
+thread_local! {
+    /// One context for each thread, as making one costs as much as decompressing a small frame. It carries nothing
+    /// from one body to the next: zstd begins every frame anew, after an error too.
+    static DECOMPRESSOR: RefCell<zstd::bulk::Decompressor<'static>> = RefCell::default();
+}
+
 /// The plaintext of a payload, of at most `limit` bytes.
 ///
 /// # Errors
@@ -63,7 +70,9 @@ pub fn decompress(payload: &[u8], limit: usize) -> Result<Vec<u8>, FormatError> 
             if promised > limit {
                 return Err(FormatError::TooLarge);
             }
-            zstd::bulk::decompress(body, promised).map_err(|_| FormatError::Compression)
+            DECOMPRESSOR
+                .with_borrow_mut(|zstd| zstd.decompress(body, promised))
+                .map_err(|_| FormatError::Compression)
         }
         _ => Err(FormatError::Compression),
     }
