@@ -27,7 +27,7 @@ impl Frames {
         if let Some(blocks) = self.caches.data.get(address) {
             return Ok(blocks);
         }
-        let blocks = Arc::new(self.open_data(address, self.fetch(address)?)?);
+        let blocks = Arc::new(self.open_data(address, &mut self.fetch(address)?)?);
         self.caches.data.insert(*address, Arc::clone(&blocks), blocks.len());
         Ok(blocks)
     }
@@ -45,11 +45,12 @@ impl Frames {
             if group.len() < 2 {
                 continue;
             }
-            let Ok(bytes) = self.objects.get_range(&first.pack.object(), range) else { continue };
+            let Ok(mut bytes) = self.objects.get_range(&first.pack.object(), range) else { continue };
             for address in group {
                 let start = (address.offset - first.offset) as usize;
-                let Some(sealed) = bytes.get(start..start + address.length as usize) else { continue };
-                if let Ok(blocks) = self.open_data(address, sealed.to_vec()) {
+                // Decrypted where it is. Of frames that overlap, which no writer makes, only the first opens here.
+                let Some(sealed) = bytes.get_mut(start..start + address.length as usize) else { continue };
+                if let Ok(blocks) = self.open_data(address, sealed) {
                     let length = blocks.len();
                     self.caches.data.insert(*address, Arc::new(blocks), length);
                 }
@@ -57,9 +58,9 @@ impl Frames {
         }
     }
 
-    /// Opens a data frame that was fetched.
-    pub(crate) fn open_data(&self, address: &FrameAddress, mut sealed: Vec<u8>) -> Result<Vec<u8>, Error> {
-        let opened = open_frame(&self.keys, address, FrameKind::Data, &mut sealed)
+    /// Opens a data frame that was fetched. `sealed` then holds nothing to be used.
+    pub(crate) fn open_data(&self, address: &FrameAddress, sealed: &mut [u8]) -> Result<Vec<u8>, Error> {
+        let opened = open_frame(&self.keys, address, FrameKind::Data, sealed)
             .and_then(|payload| decompress(payload, FRAME_BLOCKS_MAX * BLOCK_BYTES))
             .and_then(|blocks| match blocks.len() {
                 0 => Err(FormatError::Compression),

@@ -115,7 +115,7 @@ impl Packs {
     /// A data frame, also of a pack that is not in the store yet.
     pub(crate) fn data(&self, address: &FrameAddress) -> Result<Arc<Vec<u8>>, Error> {
         match self.own(address) {
-            Some(sealed) => self.frames.open_data(address, sealed).map(Arc::new),
+            Some(mut sealed) => self.frames.open_data(address, &mut sealed).map(Arc::new),
             None => self.frames.data(address),
         }
     }
