@@ -176,8 +176,8 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
         ),
         SnapshotError::Copy { .. } => plain(
             Exit::Failed,
-            "see that the VM still runs; if so, it was not disturbed, and mostly the disk of the state folder was full or slow: make \
-             room there, try again",
+            "make room in the state folder, whose disk was most likely full or slow, and try again; a VM that still runs was \
+             not disturbed",
         ),
         SnapshotError::Interrupted => Explanation::new(
             Exit::Interrupted,
