@@ -97,9 +97,11 @@ impl Program {
     }
 }
 
-/// The checkout.
+/// The checkout that cargo runs this for. Asked now and not when it was built: checkouts share the target folder, and
+/// this program may have been built from another.
 pub(crate) fn root() -> PathBuf {
-    let mut root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR");
+    let mut root = manifest.map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
     root.pop();
     root
 }
