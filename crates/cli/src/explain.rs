@@ -23,7 +23,7 @@ pub(crate) enum Exit {
     Unreachable = 7,
     /// Another run works on the same VM.
     Busy = 8,
-    /// Ctrl-C or SIGTERM; the guest was thawed and everything cleaned up.
+    /// Ctrl-C or SIGTERM; thaw was sent and what was begun undone, as far as the VM answered.
     Interrupted = 130,
 }
 

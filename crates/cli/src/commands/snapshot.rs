@@ -182,7 +182,7 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
         SnapshotError::Interrupted => Explanation::new(
             Exit::Interrupted,
             problem,
-            "interrupted; the guest was thawed and everything was cleaned up",
+            "interrupted; a guest that may have been frozen was told to thaw, and what was begun in the VM was undone as far as it answered",
             "nothing, or take it again",
         ),
     }
