@@ -2,12 +2,14 @@
 
 mod check;
 mod guest;
+mod later_qemu;
 mod python;
 mod setup;
 mod stage;
 mod tidy;
 
-use stage::{Stages, cargo};
+use stage::{Program, Stages, cargo};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
@@ -21,6 +23,7 @@ cargo xtask COMMAND
   bench          figures: increment, full; without a name, both
   guest          builds image, agent and load if needed; prints where they are
   guest-image    builds the guest image, if this recipe's is not there yet
+  later-qemu     fetches a QEMU later than Debian 12's, if it is not there yet; prints the folder of its programs
   setup          installs the Debian packages that the tests need; the others call it";
 
 fn main() -> ExitCode {
@@ -31,13 +34,16 @@ fn main() -> ExitCode {
         "check" => check::check(),
         "tidy" => tidy::tidy(),
         "test" => test(),
-        "test-long" => test().and_then(|()| check::dependencies(true)),
+        "test-long" => test_long(),
         "demo" => demo(rest),
         "bench" => bench(rest),
         "guest" => setup::setup().and_then(|()| guest::parts()).map(|parts| println!("{parts}")),
         "guest-image" => {
             setup::setup().and_then(|()| guest::image()).map(|folder| println!("{}", folder.display()))
         }
+        "later-qemu" => setup::setup()
+            .and_then(|()| later_qemu::programs())
+            .map(|folder| println!("{}", folder.display())),
         "setup" => setup::setup(),
         "help" | "--help" | "-h" => {
             println!("{USAGE}");
@@ -54,22 +60,52 @@ fn main() -> ExitCode {
     }
 }
 
+/// What CI runs.
 fn test() -> Result<(), String> {
     let mut stages = Stages::new();
+    quick_tests(&mut stages)?;
+    stages.report();
+    Ok(())
+}
+
+/// What CI runs; then the tests that are marked `#[ignore = "long: …"]`, and every test of the guests on a later QEMU.
+fn test_long() -> Result<(), String> {
+    let mut stages = Stages::new();
+    let (parts, later) = quick_tests(&mut stages)?;
+    stages.run("long tests", || {
+        cargo(&["test", "--workspace", "--exclude", "vm-tests", "--", "--ignored"]).run()
+    })?;
+    stages.run("long tests in real guests", || in_guests(&parts, &[], &["--ignored"]).run())?;
+    stages.run("tests in real guests on the later QEMU", || {
+        in_guests(&parts, &[], &["--include-ignored"]).env("PATH", &later_qemu::path_with(&later)).run()
+    })?;
+    stages.run("dependencies", || check::dependencies(true))?;
+    stages.report();
+    Ok(())
+}
+
+/// Returns the guest's parts, and the folder of the later QEMU.
+fn quick_tests(stages: &mut Stages) -> Result<(guest::Parts, PathBuf), String> {
     stages.run("setup", setup::setup)?;
     stages.run("check", check::check)?;
     stages.run("unit tests", || cargo(&["test", "--workspace", "--exclude", "vm-tests"]).run())?;
     let parts = stages.run("guest image, agent and load", guest::parts)?;
     // The tests run the program as a user does, so it must be there beside them.
     stages.run("build", || cargo(&["build", "--quiet", "--package", "cli"]).run())?;
-    // One after the other: two emulated guests at once would only wait for each other on a small machine.
-    stages.run("tests in real guests", || {
-        cargo(&["test", "--package", "vm-tests", "--", "--test-threads=1", "--nocapture"])
-            .env("STILLPOINT_GUEST", &parts.to_string())
-            .run()
+    stages.run("tests in real guests", || in_guests(&parts, &[], &[]).run())?;
+    let later = stages.run("a later QEMU", later_qemu::programs)?;
+    let path = later_qemu::path_with(&later);
+    stages.run("what speaks with QEMU, with the later one", || {
+        cargo(&["test", "--package", "vm"]).env("PATH", &path).run()?;
+        in_guests(&parts, &["--test", "snapshot"], &[]).env("PATH", &path).run()
     })?;
-    stages.report();
-    Ok(())
+    Ok((parts, later))
+}
+
+/// The tests in real guests, one after the other: two emulated guests at once would only wait for each other on a small machine.
+fn in_guests(parts: &guest::Parts, which: &[&str], words: &[&str]) -> Program {
+    let all = [&["test", "--package", "vm-tests"], which, &["--", "--test-threads=1", "--nocapture"], words];
+    cargo(&all.concat()).env("STILLPOINT_GUEST", &parts.to_string())
 }
 
 /// Runs the demo: program and guest as they are delivered.
