@@ -93,6 +93,8 @@ impl Stillpoint {
     pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command
+            // The deduplication cache would stay behind in the tester's home.
+            .env("XDG_CACHE_HOME", self.path("cache"))
             .args(words)
             .arg("--repo")
             .arg(self.repository())

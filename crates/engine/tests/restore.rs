@@ -2,7 +2,7 @@
 
 use engine::restore::{RestoreError, check_target, to_qcow2, to_raw};
 use engine::watch::{Cancel, Unwatched};
-use repository::{DiskReader, Manifest, Repository, Secret};
+use repository::{DiskReader, Manifest, Options, Repository, Secret};
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -13,8 +13,10 @@ const DISK_BYTES: usize = 3 << 20;
 /// A disk with data at both ends and a hole between, and its bytes.
 fn disk(folder: &Path) -> (DiskReader, Vec<u8>) {
     let secret = Secret::Passphrase("correct horse battery staple".to_owned().into());
-    let repository =
-        Repository::init(&folder.join("repository"), &secret).expect("a temporary repository works");
+    let options = Options { cache: Some(folder.join("cache")) };
+    let place = folder.join("repository");
+    Repository::init(&place, &secret).expect("a temporary repository works");
+    let repository = Repository::open_with(&place, &secret, &options).expect("a temporary repository works");
     let mut bytes = vec![0_u8; DISK_BYTES];
     bytes[..8192].fill(0x11);
     bytes[DISK_BYTES - 4096..].fill(0x22);

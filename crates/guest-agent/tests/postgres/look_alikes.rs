@@ -1,7 +1,7 @@
 //! Processes and sockets that only look like a server.
 
 use crate::server::{Server, Version};
-use crate::{discover, find, policy, report, within};
+use crate::{discover, find, policy, report, skipped, within};
 use guest_protocol::stillpoint::Policy;
 use std::io::{ErrorKind, Read};
 use std::os::unix::net::UnixListener;
@@ -71,7 +71,7 @@ fn listen_as(user: &str, path: PathBuf) -> UnixListener {
 fn root() -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
-        eprintln!("skipped: needs root");
+        skipped("needs root");
     }
     root
 }

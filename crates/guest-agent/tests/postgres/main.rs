@@ -13,8 +13,14 @@ mod worker;
 use guest_agent::quiesce::Applications;
 use guest_protocol::stillpoint::{ApplicationPolicy, ApplicationReport, Policy};
 use server::Server;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+
+/// Says why a test does not run. The test program captures `eprintln`, and shows nothing of a test that ends well.
+fn skipped(reason: &str) {
+    writeln!(std::io::stderr(), "skipped: {reason}").expect("it is open");
+}
 
 fn within(seconds: u64) -> Instant {
     Instant::now() + Duration::from_secs(seconds)

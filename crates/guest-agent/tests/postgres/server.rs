@@ -39,11 +39,11 @@ impl Version {
     /// `copied`: the place may be in someone's home, where the user `postgres` cannot go.
     fn at(place: &Path, copied: bool) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
-            eprintln!("skipped: servers are started as another user, which takes root");
+            crate::skipped("servers are started as another user, which takes root");
             return None;
         }
         if !place.join("bin/postgres").exists() || !run(Command::new("id").arg("postgres")) {
-            eprintln!("skipped: no PostgreSQL in {} (or no user postgres)", place.display());
+            crate::skipped(&format!("no PostgreSQL in {} (or no user postgres)", place.display()));
             return None;
         }
         let folder = tempfile::Builder::new().prefix("pg").tempdir().unwrap();
