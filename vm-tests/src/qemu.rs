@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// QEMU's emulated machine.
@@ -116,6 +116,10 @@ impl Qemu {
                 &format!("virtserialport,bus=ports.0,chardev={name},id=port-{name},name={port}"),
             ]);
         }
+        let in_io_thread = allows_io_threads();
+        if in_io_thread {
+            command.args(["-object", "iothread,id=io0"]);
+        }
         for Disk { name, path, format } in disks {
             // Nothing of a test outlives a power cut of the host: its flushes are left out.
             let file = format!(
@@ -125,7 +129,11 @@ impl Qemu {
             let node =
                 format!("driver={format},node-name={name},file={name}-file,discard=unmap,cache.no-flush=on");
             command.args(["-blockdev", &file, "-blockdev", &node]);
-            command.args(["-device", &format!("virtio-blk-pci,id=disk-{name},drive={name},serial={name}")]);
+            let thread = if in_io_thread { ",iothread=io0" } else { "" };
+            command.args([
+                "-device",
+                &format!("virtio-blk-pci,id=disk-{name},drive={name},serial={name}{thread}"),
+            ]);
         }
         let errors = folder.join("qemu.log");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(std::fs::File::create(&errors)?);
@@ -210,6 +218,15 @@ impl Qemu {
             }
         });
     }
+}
+
+/// Whether snapshots of disks in I/O threads are allowed with this QEMU: then every guest's are, so that all tests show it.
+fn allows_io_threads() -> bool {
+    static ALLOWED: OnceLock<bool> = OnceLock::new();
+    *ALLOWED.get_or_init(|| {
+        let help = Command::new("qemu-system-x86_64").args(["-device", "virtio-blk-pci,help"]).output();
+        help.is_ok_and(|help| String::from_utf8_lossy(&help.stdout).contains("iothread-vq-mapping"))
+    })
 }
 
 /// QEMU needs a fraction of a second, on a machine with other things to do.

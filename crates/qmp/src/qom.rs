@@ -11,6 +11,13 @@ pub struct QomList {
     pub path: String,
 }
 
+/// Lists the properties that a type of device can be given.
+#[derive(Clone, Debug, Serialize)]
+pub struct DeviceListProperties {
+    /// Name of the type.
+    pub typename: String,
+}
+
 /// Reads a property.
 #[derive(Clone, Debug, Serialize)]
 pub struct QomGet {
@@ -43,6 +50,7 @@ pub struct Property {
 
 commands! {
     QomList => "qom-list" -> Vec<Property>;
+    DeviceListProperties => "device-list-properties" -> Vec<Property>;
     QomGet => "qom-get" -> Value;
     QomSet => "qom-set" -> Nothing;
 }

@@ -64,7 +64,7 @@ pub struct Disk {
     pub bus: Bus,
     /// The image can keep bitmaps over a restart of QEMU.
     pub keeps_bitmaps: bool,
-    /// Its requests are served by an I/O thread, which a point does not allow yet.
+    /// Its requests are served by an I/O thread, which a point does not allow in every QEMU.
     #[serde(default)]
     pub io_thread: bool,
 }

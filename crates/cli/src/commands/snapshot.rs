@@ -148,9 +148,10 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
             plain(Exit::Failed, "let the VM run, with `cont` in QEMU's monitor; its disks are sound")
         }
         SnapshotError::Point(PointError::Unsupported(_)) => plain(Exit::Failed, "use QEMU 7.2 or later"),
-        SnapshotError::Point(PointError::IoThread(_)) => {
-            plain(Exit::Failed, "attach the disk without an I/O thread, or choose other disks with --disk")
-        }
+        SnapshotError::Point(PointError::IoThread(_)) => plain(
+            Exit::Failed,
+            "use QEMU 9 or later, attach the disk without an I/O thread, or leave it out with --disk",
+        ),
         SnapshotError::Point(_) => plain(Exit::Failed, "see the cause, and try again; the disks are sound"),
         SnapshotError::Freeze(_) => plain(
             Exit::BelowRequired,

@@ -5,6 +5,7 @@ use crate::point::plan::{DiskExport, Plan};
 use crate::point::restart::{Disarmed, Restarter};
 use crate::point::steps::StepError;
 use qmp::machine::{Cont, QueryStatus, Stop};
+use qmp::qom::DeviceListProperties;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -14,10 +15,9 @@ pub enum PointError {
     /// This QEMU lacks something.
     #[error("this QEMU lacks {0}")]
     Unsupported(&'static str),
-    /// A disk is served by an I/O thread. QEMU 7.2 dies of a failed assertion when the reader of an export in an I/O
-    /// thread disconnects, as a killed program does; no QEMU without that fault was tried yet.
+    /// A disk is served by an I/O thread, in a QEMU that may die of it: see [`reads_beside_io_threads`].
     #[error(
-        "disk {0} is served by an I/O thread, and QEMU could die when the reader of its snapshot disconnects"
+        "disk {0} is served by an I/O thread, and this QEMU could die when the reader of its snapshot disconnects"
     )]
     IoThread(String),
     /// A step failed.
@@ -59,7 +59,9 @@ pub struct Cut {
 /// # Errors
 /// See [`PointError`]; call [`release`](crate::point::release) then.
 pub fn prepare<'p>(monitor: &mut Monitor, plan: &'p Plan) -> Result<Prepared<'p>, PointError> {
-    if let Some(disk) = plan.disks.iter().find(|disk| disk.disk.io_thread) {
+    if let Some(disk) = plan.disks.iter().find(|disk| disk.disk.io_thread)
+        && !reads_beside_io_threads(monitor)?
+    {
         return Err(PointError::IoThread(disk.disk.name.clone()));
     }
     let schema = monitor.schema()?;
@@ -80,6 +82,19 @@ pub fn prepare<'p>(monitor: &mut Monitor, plan: &'p Plan) -> Result<Prepared<'p>
     }
     let restarter = plan.running.then(|| arm(monitor)).transpose()?;
     Ok(Prepared { plan, restarter })
+}
+
+/// Whether the reader of an export in an I/O thread may disconnect.
+///
+/// QEMU 7.2 then dies of a failed assertion (`nbd_blockdev_client_closed`). QEMU 9.0 gave up the lock behind it, and at the
+/// same time learnt to spread one device over several I/O threads, which is what can be asked for.
+fn reads_beside_io_threads(monitor: &mut Monitor) -> Result<bool, MonitorError> {
+    let typename = "virtio-blk-device".to_owned();
+    match monitor.run(&DeviceListProperties { typename }) {
+        Ok(properties) => Ok(properties.iter().any(|property| property.name == "iothread-vq-mapping")),
+        Err(MonitorError::Failed { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn arm(monitor: &Monitor) -> Result<Restarter, PointError> {
