@@ -6,7 +6,13 @@ use std::path::PathBuf;
 
 /// Application-consistent snapshots of running VMs, with a receipt that says what each is worth.
 #[derive(Debug, Parser)]
-#[command(name = "stillpoint", version, propagate_version = true, max_term_width = 100)]
+#[command(
+    name = "stillpoint",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     pub(crate) global: Global,

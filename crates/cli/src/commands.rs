@@ -89,7 +89,15 @@ fn find(repository: &Repository, wanted: &str) -> Result<SnapshotId, Explanation
             let all = repository.snapshots().map_err(failed)?;
             let newest =
                 all.iter().rev().find(|(_, summary)| summary.vm == wanted && summary.damage.is_none());
-            newest.map(|(id, _)| *id).ok_or_else(|| failed(unknown))
+            newest.map(|(id, _)| *id).ok_or_else(|| {
+                let cause = format!("{unknown}, and no VM of that name has one");
+                Explanation::new(
+                    Exit::NotFound,
+                    format!("snapshot '{wanted}' cannot be used"),
+                    cause,
+                    unknown.to_do(),
+                )
+            })
         }
         other => other.map_err(failed),
     }

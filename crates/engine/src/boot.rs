@@ -128,7 +128,11 @@ pub fn start(
         Some(accelerator) => (accelerator, "as asked for".to_owned()),
         None => {
             let choice = accelerator::choose(Path::new(QEMU), user)?;
-            (choice.accelerator, choice.why)
+            let why = match choice.accelerator {
+                Accelerator::Kvm => choice.why,
+                Accelerator::Tcg => format!("emulated, and so slow: {}", choice.why),
+            };
+            (choice.accelerator, why)
         }
     };
     let spec = spec(manifest, &definition, wish, accelerator)?;

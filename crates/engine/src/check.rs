@@ -3,6 +3,7 @@
 use crate::guest::Guest;
 use crate::register::VmEntry;
 use guest_protocol::stillpoint::{CheckReport, FilesystemState, GuestReport, ThawCause};
+use qmp::machine::QueryStatus;
 use snapshot::receipt::{Agent, DiskEvidence, Order, Point, Receipt};
 use snapshot::{Level, Reason, judge};
 use std::time::Duration;
@@ -39,6 +40,11 @@ pub enum CheckError {
 /// See [`CheckError`]; no agent, or a stock one, is a result and not an error.
 pub fn rehearse(entry: &VmEntry) -> Result<Rehearsal, CheckError> {
     let mut monitor = Monitor::connect(&entry.qmp, Duration::from_secs(10))?;
+    if !monitor.run(&QueryStatus {})?.running {
+        let message = "the VM is paused, so nobody in the guest can answer";
+        let reasons = vec![Reason::new("vm_paused", &entry.name, message)];
+        return Ok(Rehearsal { agent: message.to_owned(), level: Level::Crash, reasons, report: None });
+    }
     let drives = machine::drives(&mut monitor)?;
     let (mut guest, why) = Guest::connect(entry);
     let agent = guest.describe(why.as_ref());
