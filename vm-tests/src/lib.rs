@@ -19,11 +19,13 @@
 
 mod accelerator;
 mod acks;
+pub mod bare;
 mod block_graph;
 mod commands;
 mod guest;
 mod harness;
 mod image;
+pub mod lying_agent;
 mod overlay;
 mod process;
 mod proof;
@@ -32,6 +34,7 @@ mod stillpoint;
 
 pub use accelerator::{Accelerator, accelerator};
 pub use acks::{Ack, Acks};
+pub use bare::{Bare, BareDisk};
 pub use block_graph::BlockGraph;
 pub use commands::{
     CHECK_FILE_SYSTEMS, DATA_RECORDS, RECOVERY_LOG, ROOT_RECORDS, amcheck, count_records, psql,

@@ -5,7 +5,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use vm::agent::Agent;
 
@@ -15,10 +15,13 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(600);
 const END_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A repository with a state folder, both temporary.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Stillpoint {
     program: PathBuf,
-    folder: tempfile::TempDir,
+    folder: Arc<tempfile::TempDir>,
+    state: String,
+    /// The option that names the secret, and its file.
+    secret: (&'static str, &'static str),
 }
 
 /// How a command ended.
@@ -68,13 +71,26 @@ impl Stillpoint {
     /// # Errors
     /// What went wrong, in words.
     pub fn new() -> Result<Self, String> {
+        Self::opened_by(("--passphrase-file", "passphrase"))
+    }
+
+    /// The same with a key file, which opens at once: a passphrase takes a second by design.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    pub fn with_key_file() -> Result<Self, String> {
+        Self::opened_by(("--key-file", "key"))
+    }
+
+    fn opened_by(secret: (&'static str, &'static str)) -> Result<Self, String> {
         let program = program()?;
         let words = |error: io::Error| error.to_string();
         let folder = tempfile::Builder::new().prefix("stillpoint-host-").tempdir().map_err(words)?;
         // A twin runs as another user, who must be able to reach its own folder below.
         std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o711)).map_err(words)?;
         std::fs::write(folder.path().join("passphrase"), "correct horse battery staple\n").map_err(words)?;
-        let made = Self { program, folder };
+        repository::create_key_file(&folder.path().join("key")).map_err(|error| error.to_string())?;
+        let made = Self { program, folder: Arc::new(folder), state: "state".to_owned(), secret };
         made.run(&["init"])?.success()?;
         Ok(made)
     }
@@ -82,6 +98,17 @@ impl Stillpoint {
     /// The repository's folder.
     pub fn repository(&self) -> PathBuf {
         self.folder.path().join("repository")
+    }
+
+    /// The same repository, used with another state folder: another host.
+    #[must_use]
+    pub fn other_host(&self, state: &str) -> Self {
+        Self { state: state.to_owned(), ..self.clone() }
+    }
+
+    /// The state folder.
+    pub fn state(&self) -> PathBuf {
+        self.path(&self.state)
     }
 
     /// A file or folder beside it.
@@ -99,9 +126,9 @@ impl Stillpoint {
             .arg("--repo")
             .arg(self.repository())
             .arg("--state")
-            .arg(self.path("state"))
-            .arg("--passphrase-file")
-            .arg(self.path("passphrase"))
+            .arg(self.state())
+            .arg(self.secret.0)
+            .arg(self.path(self.secret.1))
             .stdin(Stdio::null());
         command
     }
@@ -179,6 +206,20 @@ impl Stillpoint {
     /// # Errors
     /// What went wrong, in words.
     pub fn boot(&self, snapshot: &str, limit: Duration) -> Result<Twin, String> {
+        let mut twin = self.start_twin(snapshot, limit)?;
+        let socket = twin.said["agent"].as_str().unwrap_or_default().to_owned();
+        match Agent::connect(Path::new(&socket), limit) {
+            Ok(agent) => twin.agent = Some(agent),
+            Err(error) => return Err(format!("the twin's agent: {error}")),
+        }
+        Ok(twin)
+    }
+
+    /// Boots a twin and waits until its QEMU runs.
+    ///
+    /// # Errors
+    /// What went wrong, in words.
+    pub fn start_twin(&self, snapshot: &str, limit: Duration) -> Result<Twin, String> {
         let started = Instant::now();
         let mut command = self.command(&["boot", snapshot, "--json"]);
         let mut child = command
@@ -202,13 +243,7 @@ impl Stillpoint {
         if said["event"] != "started" {
             return Err(format!("the twin did not start: {said}"));
         }
-        let socket = said["agent"].as_str().unwrap_or_default().to_owned();
-        let mut twin = Twin { child, agent: None, started, said };
-        match Agent::connect(Path::new(&socket), limit) {
-            Ok(agent) => twin.agent = Some(agent),
-            Err(error) => return Err(format!("the twin's agent: {error}")),
-        }
-        Ok(twin)
+        Ok(Twin { child, agent: None, started, said })
     }
 }
 
