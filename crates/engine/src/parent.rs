@@ -12,6 +12,11 @@ pub(crate) const BITMAP_FACT: &str = "bitmap";
 /// everything will have been written since.
 const SNAPSHOTS_MAX: usize = 64;
 
+/// Without what a guest may have made large: many manifests are held at once here.
+fn disks_only(manifest: Manifest) -> Manifest {
+    Manifest { receipt: serde_json::Value::Null, definition: serde_json::Value::Null, ..manifest }
+}
+
 /// A disk that is wanted now, and the bitmaps on it that can be relied on.
 #[derive(Clone, Debug)]
 pub(crate) struct Tracked {
@@ -36,9 +41,9 @@ impl Parent {
     ) -> Result<Option<Self>, Error> {
         let all = repository.snapshots()?;
         let newest = all.iter().rev().filter(|(_, summary)| summary.vm == vm && summary.damage.is_none());
-        let read = newest
-            .take(SNAPSHOTS_MAX)
-            .filter_map(|(id, _)| Some(Self { snapshot: *id, manifest: repository.manifest(id).ok()? }));
+        let read = newest.take(SNAPSHOTS_MAX).filter_map(|(id, _)| {
+            Some(Self { snapshot: *id, manifest: disks_only(repository.manifest(id).ok()?) })
+        });
         let count = |keeps: &dyn Fn(&Tracked) -> bool| wanted.iter().filter(|disk| keeps(disk)).count();
         let worth = |parent: &Self| {
             (count(&|disk| parent.bitmap(disk).is_some()), count(&|disk| parent.part(&disk.disk).is_some()))
@@ -57,6 +62,9 @@ impl Parent {
     /// full: what a bitmap says of the new part differs between versions of QEMU.
     pub(crate) fn bitmap(&self, disk: &Tracked) -> Option<String> {
         let part = self.part(&disk.disk).filter(|part| part.size_bytes == disk.size_bytes)?;
-        part.facts.get(BITMAP_FACT).filter(|bitmap| disk.usable_bitmaps.contains(bitmap)).cloned()
+        let bitmap = part.facts.get(BITMAP_FACT).filter(|bitmap| disk.usable_bitmaps.contains(bitmap))?;
+        // A name that two disks share cannot tell one from the other, if they were exchanged since.
+        let named = |part: &&Part| part.facts.get(BITMAP_FACT) == Some(bitmap);
+        (self.manifest.parts.iter().filter(named).count() == 1).then(|| bitmap.clone())
     }
 }

@@ -102,9 +102,9 @@ fn plan(folder: PathBuf, snapshot: &str, bases: &[Option<&str>], only_base: bool
 
 /// A full or incremental plan over both disks.
 fn both(qemu: &Qemu, monitor: &mut Monitor, snapshot: &str, parent: Option<&str>, only_base: bool) -> Plan {
-    let base = parent.map(|parent| format!("stillpoint-repo-{parent}"));
+    let base = |number| parent.map(|parent| format!("stillpoint-repo-{parent}-{number}"));
     let disks = disks(monitor);
-    plan(qemu.path("scratch"), snapshot, &[base.as_deref(), base.as_deref()], only_base, disks)
+    plan(qemu.path("scratch"), snapshot, &[base(0).as_deref(), base(1).as_deref()], only_base, disks)
 }
 
 fn cut(monitor: &mut Monitor, plan: &Plan) -> Vec<DiskExport> {
@@ -204,8 +204,8 @@ fn what_is_read_after_the_point_is_what_both_disks_held_at_it_while_the_guest_wr
     assert_eq!(
         bitmaps(&mut monitor),
         [
-            format!("auto/stillpoint-repo-s1 {} recording", 3 * MIB),
-            format!("b/stillpoint-repo-s1 {MIB} recording")
+            format!("auto/stillpoint-repo-s1-0 {} recording", 3 * MIB),
+            format!("b/stillpoint-repo-s1-1 {MIB} recording")
         ]
     );
     let out = run(Command::new("qemu-io").current_dir(qemu.folder.path()).args([
@@ -248,7 +248,7 @@ fn an_increment_lists_exactly_the_4_kib_blocks_written_since_its_parent() {
     release(&mut monitor, &second, Outcome::Kept).unwrap();
     assert_eq!(
         bitmaps(&mut monitor),
-        ["auto/stillpoint-repo-s2 8192 recording", "b/stillpoint-repo-s2 0 recording"]
+        ["auto/stillpoint-repo-s2-0 8192 recording", "b/stillpoint-repo-s2-1 0 recording"]
     );
 }
 
@@ -401,7 +401,9 @@ fn bitmaps_survive_a_restart_on_qcow2_and_their_loss_is_seen() {
     let found = |monitor: &mut Monitor| {
         let nodes = nodes(monitor).unwrap();
         let disks = disks(monitor);
-        disks.iter().map(|disk| base(&nodes, disk, "stillpoint-repo-s1")).collect::<Vec<_>>()
+        let name = |number| format!("stillpoint-repo-s1-{number}");
+        let of = |(number, disk)| base(&nodes, disk, &name(number));
+        disks.iter().enumerate().map(of).collect::<Vec<_>>()
     };
     let usable = Base::Usable { granularity_bytes: 4096, dirty_bytes: 4096 };
     assert_eq!(found(&mut monitor), [Base::Usable { granularity_bytes: 4096, dirty_bytes: 0 }, usable]);
@@ -422,7 +424,7 @@ fn bitmaps_survive_a_restart_on_qcow2_and_their_loss_is_seen() {
     release(&mut monitor, &second, Outcome::Kept).unwrap();
     assert_eq!(
         bitmaps(&mut monitor),
-        ["auto/stillpoint-repo-s2 0 recording", "b/stillpoint-repo-s2 0 recording"]
+        ["auto/stillpoint-repo-s2-0 0 recording", "b/stillpoint-repo-s2-1 0 recording"]
     );
 }
 

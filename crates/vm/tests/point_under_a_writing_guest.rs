@@ -67,8 +67,8 @@ fn writes(monitor: &mut Monitor) -> u64 {
 }
 
 fn plan(qemu: &Qemu, monitor: &mut Monitor, snapshot: &str, parent: Option<&str>) -> Plan {
-    let base = parent.map(|parent| point::plan::bitmap_name("repo", parent));
-    let disks = drives(monitor).unwrap().disks.into_iter();
+    let base = |number| parent.map(|parent| point::plan::bitmap_name("repo", parent, number));
+    let disks = drives(monitor).unwrap().disks.into_iter().enumerate();
     Plan::new(&Request {
         tag: "abcd1234".into(),
         repository: "repo".into(),
@@ -76,7 +76,9 @@ fn plan(qemu: &Qemu, monitor: &mut Monitor, snapshot: &str, parent: Option<&str>
         folder: qemu.path("scratch"),
         cbw_timeout_s: 10,
         running: true,
-        disks: disks.map(|disk| DiskRequest { disk, base: base.clone(), only_base: false }).collect(),
+        disks: disks
+            .map(|(number, disk)| DiskRequest { disk, base: base(number), only_base: false })
+            .collect(),
     })
     .unwrap()
 }

@@ -134,9 +134,12 @@ pub enum PlanError {
     TooManyDisks(usize),
 }
 
-/// Name of the bitmap that begins with a snapshot.
-pub fn bitmap_name(repository: &str, snapshot: &str) -> String {
-    format!("{}{snapshot}", bitmap_prefix(repository))
+/// Name of the bitmap that begins with a snapshot on its disk number so-and-so.
+///
+/// Each disk has its own: names of disks may be exchanged between two starts of a VM (QEMU makes some up from the order
+/// of its arguments), and a bitmap found by name on the wrong disk would vouch for the other one's data.
+pub fn bitmap_name(repository: &str, snapshot: &str, number: usize) -> String {
+    format!("{}{snapshot}-{number}", bitmap_prefix(repository))
 }
 
 /// What the names of a repository's bitmaps begin with.
@@ -173,7 +176,8 @@ impl Plan {
         if !fits || !request.folder.is_absolute() {
             return Err(PlanError::Folder(request.folder.clone()));
         }
-        let bitmap = bitmap_name(&request.repository, &request.snapshot);
+        let name = |number| bitmap_name(&request.repository, &request.snapshot, number);
+        let bitmap = name(request.disks.len());
         let printable = bitmap.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/');
         if request.repository.is_empty()
             || request.snapshot.is_empty()
@@ -197,7 +201,7 @@ impl Plan {
                 export: node(""),
                 base: wanted.base.clone(),
                 only_base: wanted.only_base && wanted.base.is_some(),
-                bitmap: bitmap.clone(),
+                bitmap: name(number),
                 granularity_bytes: granularity_bytes(wanted.disk.size_bytes),
             }
         });
@@ -434,8 +438,8 @@ pub(super) mod tests {
             actions,
             [
                 r#"{"type":"block-dirty-bitmap-disable","data":{"node":"d0-node","name":"old"}}"#,
-                r#"{"type":"block-dirty-bitmap-add","data":{"node":"d0-node","name":"stillpoint-repo-new","granularity":4096,"persistent":false}}"#,
-                r#"{"type":"block-dirty-bitmap-add","data":{"node":"d1-node","name":"stillpoint-repo-new","granularity":4096,"persistent":true}}"#,
+                r#"{"type":"block-dirty-bitmap-add","data":{"node":"d0-node","name":"stillpoint-repo-new-0","granularity":4096,"persistent":false}}"#,
+                r#"{"type":"block-dirty-bitmap-add","data":{"node":"d1-node","name":"stillpoint-repo-new-1","granularity":4096,"persistent":true}}"#,
             ]
         );
         assert!(steps[1..].iter().all(|step| matches!(step, Step::SetDrive { .. })) && steps.len() == 3);

@@ -264,7 +264,7 @@ mod tests {
         let disk = &plan.disks[0];
         let bitmaps = [
             ("stillpoint-repo-old", false),
-            ("stillpoint-repo-new", true),
+            ("stillpoint-repo-new-0", true),
             ("stillpoint-other-x", true),
             ("someone-elses", true),
         ];
@@ -331,7 +331,7 @@ mod tests {
     #[test]
     fn a_failed_run_gives_its_writes_back_to_the_old_bitmap_which_records_before_it_receives() {
         let steps = show(&in_the_middle(), Outcome::Dropped);
-        let expected = "enable stillpoint-repo-old, merge stillpoint-repo-new into stillpoint-repo-old, remove stillpoint-repo-new";
+        let expected = "enable stillpoint-repo-old, merge stillpoint-repo-new-0 into stillpoint-repo-old, remove stillpoint-repo-new-0";
         assert!(steps.iter().any(|step| step == expected), "{steps:#?}");
     }
 
