@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
 use std::path::PathBuf;
+use vm::point::plan::TAG_BYTES;
 use vm::point::{Outcome, Plan};
 
 /// What a run owes to the VM.
@@ -14,10 +15,23 @@ use vm::point::{Outcome, Plan};
 pub struct Note {
     /// The run's id.
     pub run: String,
-    /// Every name that the run uses in QEMU.
-    pub plan: Plan,
+    /// Every name that the run uses in QEMU; absent while it has no more than its claim.
+    #[serde(default)]
+    pub plan: Option<Plan>,
     /// What becomes of the bitmaps: kept once the snapshot is sealed.
     pub outcome: Outcome,
+}
+
+impl Note {
+    /// What tells the run from others in QEMU.
+    pub fn tag(&self) -> &str {
+        tag(&self.run)
+    }
+}
+
+/// What tells a run from others in QEMU: the beginning of its id.
+pub(crate) fn tag(run: &str) -> &str {
+    run.get(..TAG_BYTES).unwrap_or(run)
 }
 
 /// The journal of one VM.
@@ -30,6 +44,25 @@ impl Journal {
     /// The journal of a registered VM.
     pub fn of(register: &Register, vm: &str) -> Self {
         Self { path: register.journals().join(format!("{vm}.json")) }
+    }
+
+    /// The name whose journal holds the note of the run with this tag, if any in this state folder does.
+    ///
+    /// # Errors
+    /// `Io`. A journal that cannot be read is passed over: it is its own VM's trouble.
+    pub(crate) fn find(register: &Register, tag: &str) -> Result<Option<String>, RegisterError> {
+        let folder = register.journals();
+        let io = |source| RegisterError::Io { path: folder.clone(), source };
+        for file in fs::read_dir(&folder).map_err(io)? {
+            let file = file.map_err(io)?.file_name();
+            let Some(name) = file.to_str().and_then(|name| name.strip_suffix(".json")) else { continue };
+            if let Ok(Some(note)) = Self::of(register, name).read()
+                && note.tag() == tag
+            {
+                return Ok(Some(name.to_owned()));
+            }
+        }
+        Ok(None)
     }
 
     /// What a run that did not end owes, if any.

@@ -5,6 +5,7 @@
 pub mod blocks;
 pub mod boot;
 pub mod check;
+mod claim;
 mod copy;
 mod definition;
 pub mod guest;

@@ -6,7 +6,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Longest VM name, in bytes: it becomes a file name.
@@ -173,6 +173,23 @@ impl Register {
             Err(rustix::io::Errno::WOULDBLOCK) => Err(RegisterError::Busy(name.to_owned())),
             Err(errno) => Err(io(errno.into())),
         }
+    }
+
+    /// Another name by which the same monitor is registered, and which a run works on now.
+    ///
+    /// # Errors
+    /// Those of the register.
+    pub(crate) fn busy_namesake(&self, entry: &VmEntry) -> Result<Option<String>, RegisterError> {
+        let place = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+        let Some(ours) = place(&entry.qmp) else { return Ok(None) };
+        for other in self.list()?.into_iter().filter(|other| other.name != entry.name) {
+            if place(&other.qmp) == Some(ours)
+                && matches!(self.lock(&other.name), Err(RegisterError::Busy(_)))
+            {
+                return Ok(Some(other.name));
+            }
+        }
+        Ok(None)
     }
 
     fn path(&self, name: &str) -> Result<PathBuf, RegisterError> {

@@ -12,21 +12,25 @@ pub use error::SnapshotError;
 use crate::copy::{Source, Tally};
 use crate::guest::Guest;
 use crate::journal::{Journal, Note};
-use crate::register::{Register, VmLock};
+use crate::register::{Register, VmEntry, VmLock};
 use crate::watch::{Cancel, Watch};
-use crate::{definition, fresh_id, now_ms};
+use crate::{claim, definition, fresh_id, now_ms};
 use facts::{Facts, disk_facts};
 use repository::{Manifest, Part, Repository, Role, SnapshotId, Writer};
 use snapshot::receipt::{CopyEvidence, CopyMethod, Point, Receipt};
 use snapshot::run::{Action, Event, Run, State};
 use snapshot::{Level, Reason, Request, Verdict, judge, required_unmet};
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use vm::machine;
-use vm::monitor::Monitor;
-use vm::point::{self, Outcome, Plan, Prepared};
+use vm::monitor::{Monitor, MonitorError};
+use vm::point::{self, Outcome, Plan, Prepared, UndoError};
 
-/// How long the monitor may take to greet.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long QEMU may take to end after it closed its monitor, and between two looks at that.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+const END_LOOK: Duration = Duration::from_millis(20);
 /// How long QEMU may take to stop the virtual CPUs, in which it flushes every disk.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -57,20 +61,24 @@ pub fn take(
     cancel: &Cancel,
 ) -> Result<Taken, SnapshotError> {
     let entry = register.get(&request.vm)?;
-    let lock = register.lock(&request.vm)?;
     watch.step("preparing");
     let began = Instant::now();
-    let mut monitor = Monitor::connect(&entry.qmp, CONNECT_TIMEOUT)?;
-    let journal = Journal::of(register, &request.vm);
-    clear_leftovers(&journal, &mut monitor)?;
+    let mut claimed = claim::connect(register, &entry)?;
     let run = fresh_id();
-    let facts = Facts::gather(&mut monitor, repository, request)?;
-    let writer = repository.begin()?;
-    let definition = definition::keep(&machine::definition(&mut monitor)?, &writer)?;
-    let plan = facts.plan(register, repository, &run)?;
-    let mut receipt = facts.receipt(request, &run);
-    receipt.reasons.extend(definition.reasons);
-    let guest = Guest::find(&entry, request, &mut monitor, &mut receipt);
+    // Without disks nothing is put into QEMU, and nobody is in the way.
+    if !request.no_data {
+        claimed.claim(register, &run)?;
+    }
+    let known = match know(register, repository, request, &entry, &run, &mut claimed.monitor) {
+        Ok(known) => known,
+        Err(error) => {
+            if !request.no_data {
+                claimed.give_up(&run);
+            }
+            return Err(error);
+        }
+    };
+    let Known { facts, writer, definition, plan, receipt, guest } = known;
     let carrier = Carrier {
         request,
         watch,
@@ -78,8 +86,11 @@ pub fn take(
         began,
         run: Run::new(request, guest.can_freeze()),
         guest,
-        monitor,
-        journal,
+        monitor: claimed.monitor,
+        journal: claimed.journal,
+        qmp: entry.qmp,
+        hung_up: false,
+        owes: Owes { thaw: false, release: plan.is_some() },
         plan,
         facts,
         parts: definition.parts,
@@ -90,22 +101,37 @@ pub fn take(
         sealed: None,
         failure: None,
         left: None,
-        owes: Owes::default(),
-        _lock: lock,
+        _lock: claimed.lock,
     };
     carrier.carry_out()
 }
 
-/// Undoes what a dead run left in a VM, by its journal. Safe to call at any time that the VM is claimed.
-///
-/// # Errors
-/// `Register`, `Leftovers`.
-pub fn clear_leftovers(journal: &Journal, monitor: &mut Monitor) -> Result<(), SnapshotError> {
-    if let Some(note) = journal.read()? {
-        point::release(monitor, &note.plan, note.outcome).map_err(SnapshotError::Leftovers)?;
-        journal.clear()?;
-    }
-    Ok(())
+/// What is known before anything but the claim is put into QEMU.
+struct Known {
+    facts: Facts,
+    writer: Writer,
+    definition: definition::Kept,
+    plan: Option<Plan>,
+    receipt: Receipt,
+    guest: Guest,
+}
+
+fn know(
+    register: &Register,
+    repository: &Repository,
+    request: &Request,
+    entry: &VmEntry,
+    run: &str,
+    monitor: &mut Monitor,
+) -> Result<Known, SnapshotError> {
+    let facts = Facts::gather(monitor, repository, request)?;
+    let writer = repository.begin()?;
+    let definition = definition::keep(&machine::definition(monitor)?, &writer)?;
+    let plan = facts.plan(register, repository, run)?;
+    let mut receipt = facts.receipt(request, run);
+    receipt.reasons.extend(definition.reasons.iter().cloned());
+    let guest = Guest::find(entry, request, monitor, &mut receipt);
+    Ok(Known { facts, writer, definition, plan, receipt, guest })
 }
 
 /// What must still be done whatever happens.
@@ -125,6 +151,9 @@ struct Carrier<'a> {
     guest: Guest,
     monitor: Monitor,
     journal: Journal,
+    qmp: PathBuf,
+    /// QEMU closed the monitor.
+    hung_up: bool,
     plan: Option<Plan>,
     facts: Facts,
     parts: Vec<Part>,
@@ -169,9 +198,9 @@ impl Carrier<'_> {
 
     /// Does everything slow in QEMU, with the journal written first.
     fn prepare<'p>(&mut self, plan: &'p Plan) -> Result<Prepared<'p>, SnapshotError> {
-        let note = Note { run: self.receipt.run.clone(), plan: plan.clone(), outcome: Outcome::Dropped };
+        let plan_noted = Some(plan.clone());
+        let note = Note { run: self.receipt.run.clone(), plan: plan_noted, outcome: Outcome::Dropped };
         self.journal.write(&note)?;
-        self.owes.release = true;
         match point::prepare(&mut self.monitor, plan) {
             Ok(prepared) => Ok(prepared),
             Err(error) => {
@@ -366,12 +395,36 @@ impl Carrier<'_> {
             return;
         }
         self.owes.release = false;
-        let note = Note { run: self.receipt.run.clone(), plan: plan.clone(), outcome };
+        let note = Note { run: self.receipt.run.clone(), plan: Some(plan.clone()), outcome };
         let noted = if outcome == Outcome::Kept { self.journal.write(&note) } else { Ok(()) };
-        let released = point::release(&mut self.monitor, plan, outcome);
+        let released = point::release(&mut self.monitor, plan, outcome)
+            .and_then(|()| point::unclaim(&mut self.monitor, note.tag()).map_err(UndoError::from));
         let cleared = if released.is_ok() { self.journal.clear() } else { Ok(()) };
-        let failed = released.err().map(|e| e.to_string());
+        self.hung_up =
+            matches!(released, Err(UndoError::Monitor(MonitorError::Closed { .. } | MonitorError::Io(_))));
+        let failed = match released {
+            // Everything in QEMU went with it. The note stays: bitmaps that it kept in images are for the next run.
+            Err(_) if self.hung_up && self.ended() => point::undo::release_files(plan).err(),
+            released => released.err(),
+        };
+        let failed = failed.map(|e| e.to_string());
         self.left = failed.or_else(|| noted.and(cleared).err().map(|e| e.to_string()));
+    }
+
+    /// Whether the VM has ended: nobody listens at its monitor's socket any more. One that closed its monitor is given a
+    /// moment for it.
+    fn ended(&self) -> bool {
+        let gone = |kind| matches!(kind, io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
+        let patience = Instant::now() + if self.hung_up { END_TIMEOUT } else { Duration::ZERO };
+        loop {
+            if UnixStream::connect(&self.qmp).is_err_and(|error| gone(error.kind())) {
+                return true;
+            }
+            if Instant::now() >= patience {
+                return false;
+            }
+            std::thread::sleep(END_LOOK);
+        }
     }
 
     fn fail(&mut self, error: SnapshotError) {
@@ -385,7 +438,12 @@ impl Carrier<'_> {
                 let receipt = std::mem::take(&mut self.receipt);
                 Ok(Taken { id, manifest, receipt, verdict, left: self.left.take() })
             }
-            _ => Err(self.failure.take().unwrap_or(SnapshotError::Interrupted)),
+            _ => {
+                let failure = self.failure.take().unwrap_or(SnapshotError::Interrupted);
+                // Whatever failed first: that the VM has ended explains it, and what to do about it.
+                let explained = failure.is_of_the_vm() && self.ended();
+                Err(if explained { SnapshotError::Ended(failure.to_string()) } else { failure })
+            }
         }
     }
 }

@@ -136,6 +136,24 @@ pub enum BlockdevAdd {
         /// The `copy-before-write` node.
         file: String,
     },
+    /// What lies below, as it is.
+    #[serde(rename_all = "kebab-case")]
+    Raw {
+        /// Name of the new node.
+        node_name: String,
+        /// The node below, made with it.
+        file: Box<BlockdevAdd>,
+    },
+    /// No data.
+    #[serde(rename_all = "kebab-case")]
+    NullCo {
+        /// Name of the new node.
+        node_name: String,
+        /// Size in bytes.
+        size: u64,
+        /// Reads give zeroes.
+        read_zeroes: bool,
+    },
 }
 
 /// What a `copy-before-write` filter does when its copy fails.

@@ -44,6 +44,17 @@ pub struct Status {
     pub status: String,
 }
 
+impl Status {
+    /// The disks belong to another QEMU, or are being handed over, or loaded over. Source: `RunState` in QEMU's
+    /// `qapi/run-state.json`.
+    pub fn is_elsewhere(&self) -> bool {
+        matches!(
+            &*self.status,
+            "inmigrate" | "finish-migrate" | "postmigrate" | "save-vm" | "restore-vm" | "colo"
+        )
+    }
+}
+
 /// The VM's name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct Name {

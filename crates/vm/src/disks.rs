@@ -89,6 +89,13 @@ pub enum Left {
     OtherFilter,
 }
 
+impl Left {
+    /// A backup's filter is in place, ours or another's: the disk counts, but not now.
+    pub const fn is_filter(self) -> bool {
+        matches!(self, Self::OurFilter | Self::OtherFilter)
+    }
+}
+
 /// A drive that is left out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeftOut {

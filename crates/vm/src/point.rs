@@ -14,12 +14,14 @@
 //! The way back is one pure function from what is there ([`undo::steps`]), so releasing a good run, undoing a failed
 //! one and cleaning up after a program that was killed at any step are the same code.
 
+pub mod claim;
 mod cut;
 pub mod plan;
 pub mod restart;
 pub mod steps;
 pub mod undo;
 
+pub use claim::{ClaimError, claim, unclaim};
 pub use cut::{Cut, PointError, Prepared, export, prepare};
 pub use plan::{DiskExport, DiskPlan, DiskRequest, Plan, PlanError, Request};
 pub use undo::{Outcome, UndoError, release};

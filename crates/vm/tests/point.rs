@@ -625,3 +625,19 @@ fn scratch_files_are_private_and_gone_afterwards() {
     release(&mut monitor, &plan, Outcome::Kept).unwrap();
     assert!(!plan.folder.exists() && began.elapsed() < Duration::from_secs(10));
 }
+
+#[test]
+fn one_run_at_a_time_holds_the_claim_and_only_its_own_run_gives_it_back() {
+    let (qemu, mut monitor) = running();
+    let before = state(&mut monitor);
+    point::claim(&mut monitor, "aaaaaaaa").unwrap();
+    point::claim(&mut monitor, "aaaaaaaa").expect("its own claim counts");
+    let refused = point::claim(&mut monitor, "bbbbbbbb").unwrap_err();
+    assert!(matches!(&refused, point::ClaimError::Held(by) if by == "aaaaaaaa"), "{refused}");
+    point::unclaim(&mut monitor, "bbbbbbbb").unwrap();
+    assert!(point::claim(&mut monitor, "bbbbbbbb").is_err(), "another's claim stays");
+    point::unclaim(&mut monitor, "aaaaaaaa").unwrap();
+    assert_eq!(state(&mut monitor), before, "nothing of it is left");
+    point::claim(&mut monitor, "bbbbbbbb").unwrap();
+    drop(qemu);
+}

@@ -3,6 +3,7 @@
 use super::{of_register, of_repository, open_register, open_repository, reach_monitor};
 use crate::Output;
 use crate::arguments::{Global, SnapshotArguments};
+use crate::escape::Plain;
 use crate::explain::{Exit, Explanation};
 use crate::progress::Bar;
 use crate::receipt::Page;
@@ -20,7 +21,10 @@ pub(crate) fn run(global: &Global, wish: &SnapshotArguments, cancel: &Cancel) ->
     let taken = take(&register, &repository, &request, &Bar::new(global.json), cancel)
         .map_err(|error| explain(&request, &error))?;
     if let Some(left) = &taken.left {
-        eprintln!("warning: the snapshot is complete, but not everything was cleaned up in the VM: {left}");
+        eprintln!(
+            "warning: the snapshot is complete, but not everything was cleaned up in the VM: {}",
+            Plain(left)
+        );
         eprintln!("  to do: nothing; the next snapshot of this VM tries again");
     }
     let id = taken.id.to_string();
@@ -139,6 +143,22 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
         SnapshotError::Leftovers(_) => {
             plain(Exit::Failed, "try again; if it persists, restart the VM: its disks are sound")
         }
+        SnapshotError::Held(_) => plain(
+            Exit::Busy,
+            "wait until it has ended; if it died, take a snapshot from where it was started, which undoes what it left, or \
+             restart the VM",
+        ),
+        SnapshotError::OtherFilter(_) => {
+            plain(Exit::Busy, "wait until that backup has ended, or end it with its own tool")
+        }
+        SnapshotError::Elsewhere(_) | SnapshotError::Point(PointError::Elsewhere(_)) => plain(
+            Exit::Unreachable,
+            "if it migrates, wait until it has; then register the monitor of the QEMU that it runs in",
+        ),
+        SnapshotError::Ended(_) => plain(
+            Exit::Unreachable,
+            "start the VM, and take it again; no snapshot is left of this run, and the VM's disks are as the VM left them",
+        ),
         SnapshotError::NoSuchDisk { .. } | SnapshotError::NoDisk => plain(
             Exit::NotFound,
             &format!("see `stillpoint vm show {vm}` for its disks, and why others do not count"),

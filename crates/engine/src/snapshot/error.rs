@@ -18,6 +18,18 @@ pub enum SnapshotError {
     /// What an earlier run left cannot be removed.
     #[error("what an earlier run left in the VM cannot be removed: {0}")]
     Leftovers(#[source] UndoError),
+    /// A run that is not in this state folder's journals holds the VM.
+    #[error("the run {0} works on this VM, or died at it; it was not started from this state folder")]
+    Held(String),
+    /// Another tool's backup filter is in place.
+    #[error("a backup's filter that is not this run's is in place on disk '{0}'")]
+    OtherFilter(String),
+    /// The disks are not this QEMU's, or will not be for long.
+    #[error("the VM does not run in this QEMU, whose state is {0}")]
+    Elsewhere(String),
+    /// The VM ended before the snapshot was complete.
+    #[error("the VM ended during the run: {0}")]
+    Ended(String),
     /// A wanted disk is not there, or does not count.
     #[error("'{disk}' is no disk of this VM that can be in a snapshot; there are: {known}")]
     NoSuchDisk {
@@ -65,4 +77,16 @@ pub enum SnapshotError {
     /// Someone wanted it to end.
     #[error("interrupted")]
     Interrupted,
+}
+
+impl SnapshotError {
+    /// It is one that the end of the VM's QEMU may have caused.
+    pub(super) fn is_of_the_vm(&self) -> bool {
+        matches!(
+            self,
+            Self::Monitor(_)
+                | Self::Point(_)
+                | Self::Copy { source: CopyError::Read(_) | CopyError::Incomplete, .. }
+        )
+    }
 }

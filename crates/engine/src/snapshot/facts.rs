@@ -1,6 +1,7 @@
 //! What a run knows before it changes anything: the disks, what each is compared with, and the names it will use.
 
 use super::SnapshotError;
+use crate::journal::tag;
 use crate::parent::{BITMAP_FACT, Parent, Tracked};
 use crate::register::Register;
 use qmp::machine::QueryStatus;
@@ -39,6 +40,12 @@ impl Facts {
         request: &Request,
     ) -> Result<Self, SnapshotError> {
         let drives = machine::drives(monitor)?;
+        // A disk behind a filter is a disk that would be missing without a word.
+        if let Some(filtered) = drives.left_out.iter().find(|left| left.why.is_filter())
+            && !request.no_data
+        {
+            return Err(SnapshotError::OtherFilter(filtered.name.clone()));
+        }
         let known = || drives.disks.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>().join(", ");
         if let Some(missing) =
             request.disks.iter().find(|name| !drives.disks.iter().any(|d| d.name == **name))
@@ -92,7 +99,7 @@ impl Facts {
             only_base: wanted.base.is_some(),
         };
         Plan::new(&point::Request {
-            tag: run[..point::plan::TAG_BYTES].to_owned(),
+            tag: tag(run).to_owned(),
             repository: repository.id().to_string(),
             snapshot: run.to_owned(),
             folder: register.scratch().join(run),

@@ -20,6 +20,9 @@ pub enum PointError {
         "disk {0} is served by an I/O thread, and this QEMU could die when the reader of its snapshot disconnects"
     )]
     IoThread(String),
+    /// The VM has migrated since the preparation, or does now: its disks are another QEMU's.
+    #[error("the VM does not run in this QEMU any more, whose state is {0}")]
+    Elsewhere(String),
     /// A step failed.
     #[error(transparent)]
     Step(#[from] StepError),
@@ -112,6 +115,10 @@ impl Prepared<'_> {
     pub fn cut(mut self, monitor: &mut Monitor, limit: Duration) -> Result<Cut, PointError> {
         let steps = self.plan.cut_steps();
         let running = match monitor.run(&QueryStatus {}) {
+            Ok(status) if status.is_elsewhere() => {
+                self.abandon();
+                return Err(PointError::Elsewhere(status.status));
+            }
             Ok(status) => status.running,
             Err(error) => {
                 self.abandon();
