@@ -168,7 +168,7 @@ pub(crate) struct RestoreArguments {
     pub(crate) id: String,
     /// Disk and where to write it (repeat for more)
     #[arg(long = "disk", value_name = "DISK=PATH", required = true, value_parser = disk_target)]
-    pub(crate) disks: Vec<(String, PathBuf)>,
+    pub(crate) disks: Vec<String>,
     /// Format of the new image; a block device takes raw only
     #[arg(long, value_enum, default_value_t = Format::Raw)]
     pub(crate) format: Format,
@@ -177,9 +177,9 @@ pub(crate) struct RestoreArguments {
     pub(crate) overwrite: bool,
 }
 
-fn disk_target(text: &str) -> Result<(String, PathBuf), String> {
+fn disk_target(text: &str) -> Result<String, String> {
     match text.split_once('=') {
-        Some((disk, path)) if !disk.is_empty() && !path.is_empty() => Ok((disk.to_owned(), path.into())),
+        Some((disk, path)) if !disk.is_empty() && !path.is_empty() => Ok(text.to_owned()),
         _ => Err("write DISK=PATH, e.g. data=/var/lib/images/data.raw".to_owned()),
     }
 }

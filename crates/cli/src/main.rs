@@ -27,7 +27,8 @@ fn main() -> ExitCode {
     let json = arguments.global.json;
     match outcome {
         Ok(output) => {
-            let text = if json { format!("{}\n", output.json) } else { output.text };
+            let text =
+                if json { format!("{}\n", escape::json(&output.json)) } else { escape::page(&output.text) };
             // Nobody reads us any more (`| head`): there is nobody to tell either.
             let _ = std::io::stdout().lock().write_all(text.as_bytes());
             ExitCode::from(output.exit)
@@ -35,7 +36,7 @@ fn main() -> ExitCode {
         Err(explanation) => {
             eprintln!("{explanation}");
             if json {
-                println!("{}", explanation.json());
+                println!("{}", escape::json(&explanation.json()));
             }
             ExitCode::from(explanation.exit as u8)
         }
@@ -53,7 +54,7 @@ fn usage(wrong: &clap::Error) -> ExitCode {
         let cause = first.strip_prefix("error: ").unwrap_or(first);
         let explanation =
             Explanation::new(Exit::Usage, "the command line is wrong", cause, "see the command's --help");
-        println!("{}", explanation.json());
+        println!("{}", escape::json(&explanation.json()));
     }
     ExitCode::from(code)
 }

@@ -41,7 +41,8 @@ pub(crate) fn run(global: &Global, wish: &BootArguments, cancel: &Cancel) -> Res
         files.agent().display(),
         files.monitor().display(),
     );
-    let started = if global.json { format!("{sockets}\n") } else { text };
+    let started =
+        if global.json { format!("{}\n", crate::escape::json(&sockets)) } else { crate::escape::page(&text) };
     let mut out = std::io::stdout().lock();
     // Whoever started us may not read it; the twin runs all the same.
     let _ = out.write_all(started.as_bytes()).and_then(|()| out.flush());

@@ -30,7 +30,8 @@ pub(crate) fn run(global: &Global, name: &str) -> Result<Output, Explanation> {
     let text = match &rehearsal.report {
         None => format!(
             "{name}: {}\nthe best level that can be reached is {}\n",
-            rehearsal.agent, rehearsal.level
+            Plain(&rehearsal.agent),
+            rehearsal.level
         ),
         Some(report) => page(name, &rehearsal, report),
     };

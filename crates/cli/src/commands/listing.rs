@@ -29,7 +29,7 @@ pub(crate) fn list(global: &Global, vm: Option<&str>) -> Result<Output, Explanat
             id.to_string(),
             Plain(&summary.vm),
             instant(summary.created_at_ms),
-            if summary.damage.is_some() { "DAMAGED" } else { &summary.level },
+            Plain(if summary.damage.is_some() { "DAMAGED" } else { &summary.level }),
             Bytes(summary.size_bytes),
             Bytes(summary.stored_bytes),
             Plain(note)

@@ -3,6 +3,7 @@
 use super::{of_repository, open_repository, read_manifest};
 use crate::Output;
 use crate::arguments::{Format, Global, RestoreArguments};
+use crate::escape::Plain;
 use crate::explain::{Exit, Explanation};
 use crate::progress::Bar;
 use crate::units::Bytes;
@@ -11,14 +12,20 @@ use engine::watch::{Cancel, Watch};
 use repository::Role;
 use serde_json::json;
 use std::fmt::Write;
+use std::path::PathBuf;
 
 pub(crate) fn run(global: &Global, wish: &RestoreArguments, cancel: &Cancel) -> Result<Output, Explanation> {
     let repository = open_repository(global)?;
     let (id, manifest) = read_manifest(&repository, &wish.id)?;
     let parts: Vec<_> = manifest.parts.iter().filter(|part| part.role == Role::Disk).collect();
     let mut chosen = Vec::new();
-    for (disk, path) in &wish.disks {
-        let Some(part) = parts.iter().find(|part| part.name == *disk) else {
+    for wanted in &wish.disks {
+        // A disk that is called by its serial number may have any character in its name, '=' included.
+        let target =
+            |name: &str| wanted.strip_prefix(name)?.strip_prefix('=').filter(|path| !path.is_empty());
+        let found = parts.iter().filter_map(|part| Some((part, PathBuf::from(target(&part.name)?))));
+        let Some((part, path)) = found.max_by_key(|(part, _)| part.name.len()) else {
+            let disk = wanted.split_once('=').map_or(wanted.as_str(), |(disk, _)| disk);
             let known: Vec<&str> = parts.iter().map(|part| part.name.as_str()).collect();
             return Err(Explanation::new(
                 Exit::NotFound,
@@ -36,19 +43,19 @@ pub(crate) fn run(global: &Global, wish: &RestoreArguments, cancel: &Cancel) -> 
             ));
         }
         // All of them before the first is written: half a restore is worse than none.
-        check_target(path, wish.overwrite).map_err(|error| explain(&part.name, &error))?;
+        check_target(&path, wish.overwrite).map_err(|error| explain(&part.name, &error))?;
         chosen.push((part, path));
     }
     let mut text = String::new();
     let mut rows = Vec::new();
     for (part, path) in chosen {
         let bar = Bar::new(global.json);
-        bar.step(&format!("restoring {}", part.name));
+        bar.step(&format!("restoring {}", Plain(&part.name)));
         let disk = repository.disk(&part.root);
         let word = if wish.format == Format::Raw { "raw" } else { "qcow2" };
         let restored = match wish.format {
-            Format::Raw => to_raw(&disk, path, wish.overwrite, &bar, cancel),
-            Format::Qcow2 => to_qcow2(&disk, path, wish.overwrite, &bar, cancel),
+            Format::Raw => to_raw(&disk, &path, wish.overwrite, &bar, cancel),
+            Format::Qcow2 => to_qcow2(&disk, &path, wish.overwrite, &bar, cancel),
         };
         drop(bar);
         restored.map_err(|error| explain(&part.name, &error))?;
@@ -56,8 +63,8 @@ pub(crate) fn run(global: &Global, wish: &RestoreArguments, cancel: &Cancel) -> 
         writeln!(
             text,
             "restored {} of {id} to {} ({}, {})",
-            part.name,
-            path.display(),
+            Plain(&part.name),
+            Plain(path.display()),
             word,
             Bytes(part.size_bytes)
         )

@@ -38,7 +38,14 @@ pub(crate) fn run(global: &Global, command: &VmCommand) -> Result<Output, Explan
                 let agent =
                     entry.agent.as_ref().map_or("no agent".to_owned(), |path| path.display().to_string());
                 // Writing to a String cannot fail.
-                writeln!(text, "{:<16} {}   {agent}", entry.name, entry.qmp.display()).unwrap_or_default();
+                writeln!(
+                    text,
+                    "{:<16} {}   {}",
+                    Plain(&entry.name),
+                    Plain(entry.qmp.display()),
+                    Plain(agent)
+                )
+                .unwrap_or_default();
             }
             if entries.is_empty() {
                 text = "no VM is registered\n".to_owned();
@@ -65,12 +72,12 @@ fn page(entry: &VmEntry, seen: &Survey) -> String {
     let d = &seen.definition;
     let mut text = format!(
         "{}   {}   {} vCPUs, {} memory, QEMU {}\nmonitor  {}\nagent    {}\ndisks\n",
-        entry.name,
+        Plain(&entry.name),
         if seen.running { "running" } else { "not running" },
         d.cpus,
         Bytes(d.memory_bytes),
         Plain(&d.qemu_version),
-        entry.qmp.display(),
+        Plain(entry.qmp.display()),
         Plain(&seen.agent)
     );
     for disk in &seen.drives.disks {
