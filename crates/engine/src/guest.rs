@@ -152,7 +152,8 @@ impl Guest {
                 applications: request.applications.clone(),
                 ..FreezeArguments::new(run, request.lease_ms)
             };
-            return agent.stillpoint_freeze(&arguments, &flag).map(drop).map_err(words);
+            let frozen = agent.stillpoint_freeze(&arguments, &flag).map_err(words)?;
+            return if frozen.id == run { Ok(()) } else { Err("the agent froze for another run".to_owned()) };
         }
         let listed = agent.fsinfo().map_err(words)?;
         self.stock.filesystems = listed
@@ -184,8 +185,13 @@ impl Guest {
             };
             match answer {
                 Ok(ended) => return ended,
-                // The agent is there and says no: it knows nothing of this run, so nothing of it is frozen.
-                Err(error @ (AgentError::Failed { .. } | AgentError::NotOffered { .. })) => {
+                // The agent is there and says no: it knows nothing of this run, so nothing of it is frozen. Or it has
+                // carried out the thaw and reports what nobody understands, which it would do again.
+                Err(
+                    error @ (AgentError::Failed { .. }
+                    | AgentError::NotOffered { .. }
+                    | AgentError::Answer { .. }),
+                ) => {
                     return unanswered(&error);
                 }
                 Err(error) if Instant::now() >= patience => return unanswered(&error),

@@ -172,7 +172,9 @@ fn ours(receipt: &Receipt, reasons: &mut Vec<Reason>, applications: &mut Vec<(Le
     let mut parts = BTreeMap::new();
     for filesystem in &report.filesystems {
         let (worth, counts) = filesystem_level(receipt, filesystem, held, reasons);
-        parts.insert(filesystem.device_number.as_str(), worth);
+        // A guest that names one twice is believed the lesser.
+        let part = parts.entry(filesystem.device_number.as_str()).or_insert(worth);
+        *part = worth.min(*part);
         if counts {
             level = level.min(worth);
         }
@@ -258,7 +260,7 @@ fn filesystem_level(
         return (freeze_level(held), true);
     }
     let message = match filesystem.state {
-        FilesystemState::Held | FilesystemState::Unwritten | FilesystemState::Freezable => {
+        FilesystemState::Held | FilesystemState::Unwritten => {
             return (Level::Crash, true); // the freeze as a whole has its reason already
         }
         FilesystemState::EarlyThaw => "was thawed by someone else before our thaw",
@@ -266,7 +268,7 @@ fn filesystem_level(
         FilesystemState::HeldByOther => "is frozen by someone else",
         FilesystemState::Unreachable => "has no mount point that could be opened",
         FilesystemState::Failed => "refused the freeze",
-        FilesystemState::NotFrozen => "was not frozen",
+        FilesystemState::NotFrozen | FilesystemState::Freezable => "was not frozen",
     };
     let code = match filesystem.state {
         FilesystemState::EarlyThaw => "early_thaw",

@@ -128,7 +128,7 @@ impl Agent {
             kind: Kind::Stock,
         };
         agent.synchronize(Instant::now() + limit)?;
-        agent.info = agent.call("guest-info", None, limit)?;
+        agent.info = agent.call_bounded("guest-info", None, limit, None)?;
         // While frozen commands are disabled, but listed.
         if agent.info.supported_commands.iter().any(|command| command.name == "stillpoint-freeze") {
             agent.kind = Kind::Stillpoint;
@@ -171,7 +171,7 @@ impl Agent {
         understand(command, answer)
     }
 
-    /// Calls one of our own commands: its answer is bounded before it is believed to have any form.
+    /// Calls one of our own commands.
     fn call_ours<A: Serialize, T: DeserializeOwned>(
         &mut self,
         command: &str,
@@ -179,10 +179,24 @@ impl Agent {
         limit: Duration,
         cancel: Option<&AtomicBool>,
     ) -> Result<T, AgentError> {
-        let failed = |reason: String| AgentError::Answer { command: command.to_owned(), reason };
-        let arguments = serde_json::to_value(arguments).map_err(|error| failed(error.to_string()))?;
-        let mut answer = self.call_raw(command, Some(arguments), limit, cancel)?;
-        calls::bound(&mut answer).map_err(|reason| failed(reason.to_owned()))?;
+        let arguments = serde_json::to_value(arguments)
+            .map_err(|error| AgentError::Answer { command: command.to_owned(), reason: error.to_string() })?;
+        self.call_bounded(command, Some(arguments), limit, cancel)
+    }
+
+    /// Calls a command whose answer is kept, or shown: within the limits of a report.
+    fn call_bounded<T: DeserializeOwned>(
+        &mut self,
+        command: &str,
+        arguments: Option<Value>,
+        limit: Duration,
+        cancel: Option<&AtomicBool>,
+    ) -> Result<T, AgentError> {
+        let mut answer = self.call_raw(command, arguments, limit, cancel)?;
+        calls::bound(&mut answer).map_err(|reason| AgentError::Answer {
+            command: command.to_owned(),
+            reason: reason.to_owned(),
+        })?;
         understand(command, answer)
     }
 
@@ -202,12 +216,15 @@ impl Agent {
         let failed = |desc| AgentError::Failed { command: command.to_owned(), desc };
         match outcome {
             Ok(Some(Ok(answer))) => Ok(answer),
-            Ok(Some(Err(error))) => Err(match error.class {
-                Class::CommandNotFound => {
-                    AgentError::NotOffered { command: command.to_owned(), desc: error.desc }
-                }
-                Class::GenericError => failed(error.desc),
-            }),
+            Ok(Some(Err(mut error))) => {
+                calls::cut(&mut error.desc);
+                Err(match error.class {
+                    Class::CommandNotFound => {
+                        AgentError::NotOffered { command: command.to_owned(), desc: error.desc }
+                    }
+                    Class::GenericError => failed(error.desc),
+                })
+            }
             Ok(None) => {
                 // Begins the conversation afresh in the agent too: whatever it still owes us is dropped there.
                 let resync = self.client.resync();
@@ -320,6 +337,10 @@ impl Agent {
 }
 
 fn understand<T: DeserializeOwned>(command: &str, answer: Value) -> Result<T, AgentError> {
-    serde_json::from_value(answer)
-        .map_err(|error| AgentError::Answer { command: command.to_owned(), reason: error.to_string() })
+    serde_json::from_value(answer).map_err(|error| {
+        // It may repeat what the guest sent.
+        let mut reason = error.to_string();
+        calls::cut(&mut reason);
+        AgentError::Answer { command: command.to_owned(), reason }
+    })
 }

@@ -295,3 +295,121 @@ fn a_virtio_serial_cut_to_twenty_bytes_still_names_its_disk() {
 fn two_disks_with_one_serial_are_told_apart_by_address_or_not_at_all() {
     check(|r| r.disks[1].serial = Some("root".to_owned()), Level::None, "filesystem_outside_point");
 }
+
+#[test]
+fn a_file_system_that_is_named_twice_is_believed_the_lesser() {
+    for first in [true, false] {
+        let mut receipt = perfect();
+        let guest = receipt.guest.as_mut().unwrap();
+        let mut again = guest.filesystems[1].clone();
+        again.state = FilesystemState::NotFrozen;
+        guest.filesystems.insert(if first { 0 } else { 2 }, again);
+        let verdict = judge(&receipt);
+        assert_eq!((verdict.level, verdict.applications[0].0), (Level::Crash, Level::Crash), "{verdict:?}");
+    }
+}
+
+#[test]
+fn a_file_system_that_is_only_said_to_be_freezable_was_not_frozen() {
+    check_guest(
+        |g| g.filesystems[0].state = FilesystemState::Freezable,
+        Level::Crash,
+        "filesystem_not_frozen",
+    );
+}
+
+/// What a guest may put where something else belongs.
+fn absurd() -> Vec<serde_json::Value> {
+    let texts = [
+        "",
+        "root",
+        "data",
+        "254:0",
+        "254:16",
+        "held",
+        "host",
+        "run1",
+        "run2",
+        "not_frozen",
+        "lease_ended",
+        "off",
+        "\u{1b}[2J",
+    ];
+    let mut values: Vec<serde_json::Value> = texts.iter().map(|text| (*text).into()).collect();
+    values.extend([
+        u64::MAX.into(),
+        (-1).into(),
+        1.5.into(),
+        true.into(),
+        false.into(),
+        serde_json::Value::Null,
+    ]);
+    values.extend([serde_json::json!([]), serde_json::json!({})]);
+    values
+}
+
+/// Goes down a tree by choices; at their end puts a value in, or doubles what is there, or takes it out.
+fn lie(value: &mut serde_json::Value, choices: &[usize], put: &serde_json::Value) {
+    let Some((choice, rest)) = choices.split_first() else {
+        *value = put.clone();
+        return;
+    };
+    match value {
+        serde_json::Value::Array(list) if !list.is_empty() => {
+            let at = choice % list.len();
+            match (rest.is_empty(), choice % 3) {
+                (true, 0) => list.push(list[at].clone()),
+                (true, 1) => drop(list.remove(at)),
+                _ => lie(&mut list[at], rest, put),
+            }
+        }
+        serde_json::Value::Object(members) if !members.is_empty() => {
+            let at = choice % members.len();
+            let member = members.values_mut().nth(at).unwrap();
+            lie(member, rest, put);
+        }
+        other => *other = put.clone(),
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig { cases: 4096, ..Default::default() })]
+    #[test]
+    fn no_lie_of_a_guest_is_worth_more_than_what_it_says(
+        lies in proptest::collection::vec(
+            (proptest::collection::vec(proptest::prelude::any::<usize>(), 1..6), 0_usize..100), 1..5)
+    ) {
+        let mut receipt = perfect();
+        let mut told = serde_json::to_value(receipt.guest.take()).unwrap();
+        let absurd = absurd();
+        for (choices, put) in &lies {
+            lie(&mut told, choices, &absurd[put % absurd.len()]);
+        }
+        // What is no report never becomes part of a receipt.
+        receipt.guest = serde_json::from_value(told).unwrap_or_default();
+        let verdict = judge(&receipt);
+        let Some(guest) = &receipt.guest else {
+            assert!(verdict.level <= Level::Crash);
+            return Ok(());
+        };
+        assert_eq!(verdict.applications.len(), guest.applications.len());
+        if verdict.level >= Level::Filesystem {
+            assert!(guest.id == receipt.run && guest.thawed_by == ThawCause::Host, "{guest:?}");
+            assert!(!guest.filesystems.is_empty());
+            for f in &guest.filesystems {
+                let frozen = matches!(f.state, FilesystemState::Held | FilesystemState::Unwritten);
+                assert!(frozen || f.read_only, "{f:?}");
+                assert!(!f.disks.is_empty() || f.read_only, "{f:?}");
+            }
+        }
+        for (a, (level, _)) in guest.applications.iter().zip(&verdict.applications) {
+            assert!(*level < Level::Application || (a.quiesced && a.held && a.policy != Policy::Off), "{a:?}");
+            assert!(verdict.level <= *level, "{verdict:?}");
+        }
+        assert!(verdict.level < Level::Application || !guest.applications.is_empty());
+        if verdict.level < Level::Application {
+            assert!(!verdict.reasons.is_empty(), "{guest:?}");
+        }
+        required_unmet(&receipt, &verdict);
+    }
+}

@@ -16,6 +16,11 @@ use std::time::{Duration, Instant};
 pub const EXEC_OUTPUT_BYTES_MAX: usize = 8 << 20;
 /// How long the agent may take over a freeze beyond the limits that it was given.
 const FREEZE_MARGIN: Duration = Duration::from_secs(10);
+/// Most that an answer which is kept may hold, in bytes: it stands in every manifest. 4,096 file systems and 256
+/// applications, described as Linux does, take 2 MiB.
+const ANSWER_BYTES_MAX: usize = 4 << 20;
+/// What a value counts beside its text and its name.
+const VALUE_BYTES: usize = 8;
 /// Deepest nesting of an answer of ours.
 const DEPTH_MAX: usize = 16;
 
@@ -68,7 +73,7 @@ impl Agent {
     /// # Errors
     /// See [`AgentError`].
     pub fn fsinfo(&mut self) -> Result<Vec<FilesystemInfo>, AgentError> {
-        self.call("guest-get-fsinfo", None, CALL_TIMEOUT)
+        self.call_bounded("guest-get-fsinfo", None, CALL_TIMEOUT, None)
     }
 
     /// Whether the agent holds file systems frozen.
@@ -192,34 +197,45 @@ fn decode(data: Option<&str>) -> Result<Vec<u8>, AgentError> {
     Ok(bytes)
 }
 
-/// Keeps what a guest tells within the limits of the protocol: long texts are cut, long lists refused.
+/// Keeps what a guest tells within the limits of the protocol: long texts are cut, long lists refused, and so is what is
+/// too much together.
 pub(super) fn bound(answer: &mut Value) -> Result<(), &'static str> {
-    bound_at(answer, "", 0)
+    let mut bytes = 0;
+    bound_at(answer, "", 0, &mut bytes)?;
+    if bytes > ANSWER_BYTES_MAX { Err("it is too long") } else { Ok(()) }
 }
 
-fn bound_at(value: &mut Value, member: &str, depth: usize) -> Result<(), &'static str> {
+/// Cuts a text of a guest to what is kept of one.
+pub(super) fn cut(text: &mut String) {
+    if text.len() > TEXT_BYTES_MAX {
+        text.truncate(text.floor_char_boundary(TEXT_BYTES_MAX - '…'.len_utf8()));
+        text.push('…');
+    }
+}
+
+fn bound_at(value: &mut Value, member: &str, depth: usize, bytes: &mut usize) -> Result<(), &'static str> {
     if depth > DEPTH_MAX {
         return Err("it is nested too deeply");
     }
+    *bytes += member.len() + VALUE_BYTES;
     match value {
-        Value::String(text) if text.len() > TEXT_BYTES_MAX => {
-            let end = text.floor_char_boundary(TEXT_BYTES_MAX - '…'.len_utf8());
-            text.truncate(end);
-            text.push('…');
+        Value::String(text) => {
+            cut(text);
+            *bytes += text.len();
         }
         Value::Array(list) => {
             let max = if member == "applications" { APPLICATIONS_MAX } else { FILESYSTEMS_MAX };
             if list.len() > max {
                 return Err("a list in it is too long");
             }
-            list.iter_mut().try_for_each(|value| bound_at(value, "", depth + 1))?;
+            list.iter_mut().try_for_each(|value| bound_at(value, "", depth + 1, bytes))?;
         }
         Value::Object(members) => {
             if members.len() > FILESYSTEMS_MAX {
                 return Err("it has too many members");
             }
             for (name, value) in members.iter_mut() {
-                bound_at(value, name, depth + 1)?;
+                bound_at(value, name, depth + 1, bytes)?;
             }
         }
         _ => (),
@@ -241,6 +257,15 @@ mod tests {
         assert!(bound(&mut json!({ "filesystems": vec![0; FILESYSTEMS_MAX] })).is_ok());
         assert!(bound(&mut json!({ "filesystems": vec![0; FILESYSTEMS_MAX + 1] })).is_err());
         assert!(bound(&mut json!({ "applications": vec![0; APPLICATIONS_MAX + 1] })).is_err());
+        let filesystem = json!({ "mountpoint": "/srv/data/volume-1234", "type": "ext4", "device": "/dev/mapper/vg-lv-1234",
+            "device_number": "254:1234", "disks": [{ "name": "vda", "serial": "a-serial-number-of-20", "size_bytes": 1 }],
+            "read_only": false, "state": "held", "frozen_ms": 12 });
+        assert!(
+            bound(&mut json!({ "filesystems": vec![filesystem; FILESYSTEMS_MAX] })).is_ok(),
+            "an honest guest"
+        );
+        let long = vec!["x".repeat(1025); FILESYSTEMS_MAX];
+        assert!(bound(&mut json!({ "filesystems": long.clone(), "reasons": long })).is_err());
         let deep = (0..40).fold(json!(1), |inner, _| json!([inner]));
         assert!(bound(&mut deep.clone()).is_err());
     }
