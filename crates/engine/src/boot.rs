@@ -3,6 +3,7 @@
 //! Nothing of the original is touched or reached: the description is typed, the files are ours, there is no network,
 //! and what the twin writes goes into overlays that end with it.
 
+use crate::definition::FILE_BYTES_MAX;
 use crate::fresh_id;
 use crate::register::{Register, RegisterError, make_private};
 use crate::serve::SnapshotDisk;
@@ -150,9 +151,9 @@ pub fn start(
             write_part(repository, part, &target)?;
         }
     }
-    let exports = disks(manifest).map(|part| {
+    let exports = disks(manifest).enumerate().map(|(number, part)| {
         let disk = SnapshotDisk::new(repository.disk(&part.root));
-        (part.name.clone(), Arc::new(disk) as _)
+        (export(number), Arc::new(disk) as _)
     });
     let options = ServerOptions { client_uid: user.map(|user| user.uid), ..ServerOptions::default() };
     let server = NbdServer::start(&files.nbd(), exports.collect(), options)?;
@@ -162,6 +163,11 @@ pub fn start(
 
 fn disks(manifest: &Manifest) -> impl Iterator<Item = &Part> {
     manifest.parts.iter().filter(|part| part.role == Role::Disk)
+}
+
+/// NBD export of a disk: a name of ours, whatever the disk is called.
+fn export(number: usize) -> String {
+    format!("disk{number}")
 }
 
 /// The twin's description: only typed values pass from the stored definition.
@@ -174,8 +180,9 @@ fn spec(
     let machine = Machine::parse(&definition.machine)
         .ok_or_else(|| BootError::Machine(definition.machine.chars().take(64).collect()))?;
     let disks: Vec<TwinDisk> = disks(manifest)
-        .map(|part| TwinDisk {
-            export: part.name.clone(),
+        .enumerate()
+        .map(|(number, part)| TwinDisk {
+            export: export(number),
             size_bytes: part.size_bytes,
             bus: bus(part),
             serial: part.facts.get("serial").cloned(),
@@ -231,6 +238,9 @@ fn boot_file(part: &Part, boot: &TwinBoot, files: &Files) -> Option<PathBuf> {
 fn write_part(repository: &Repository, part: &Part, target: &Path) -> Result<(), BootError> {
     let io = |source| BootError::File { path: target.to_owned(), source };
     let disk = repository.disk(&part.root);
+    if disk.size_bytes() > FILE_BYTES_MAX {
+        return Err(io(io::Error::other(format!("a boot file of {} bytes", disk.size_bytes()))));
+    }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(target).map_err(io)?;
     let mut buffer = vec![0; 1 << 20];
     let mut at = 0;

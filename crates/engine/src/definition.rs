@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use vm::machine::Definition;
 
 /// Largest kernel, initrd or firmware that is kept, in bytes. Distributions' initrds reach 200 MiB.
-const FILE_BYTES_MAX: u64 = 512 << 20;
+pub(crate) const FILE_BYTES_MAX: u64 = 512 << 20;
 
 /// `O_NONBLOCK`, as `custom_flags` wants it.
 const NONBLOCK: i32 = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
