@@ -157,6 +157,9 @@ impl Error {
             Error::KeyFile { .. } => "give a file with one AGE-SECRET-KEY-1 line, as age-keygen writes it",
             Error::EmptyPassphrase => "give a passphrase, or use a key file",
             Error::UnknownFormat { .. } => "use a newer version of this program",
+            Error::Damaged { object, .. } if object == "config" || object.starts_with("keys/") => {
+                "restore the object from a copy of the repository, which cannot be opened without it"
+            }
             Error::Damaged { .. } | Error::WrongBlock { .. } | Error::Missing { .. } => {
                 "run `stillpoint verify` to see what is affected; restore the object from a copy of the repository"
             }

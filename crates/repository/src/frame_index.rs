@@ -20,6 +20,7 @@ const VALUE_BYTES: usize = 36;
 const CHECKED_BYTES: usize = 28;
 const TABLE: TableDefinition<'_, &[u8; 16], &[u8; VALUE_BYTES]> = TableDefinition::new("windows");
 const CACHE_BYTES: usize = 16 << 20;
+const DATABASE: &str = "windows.redb";
 
 /// The index as one writer may use it.
 pub(crate) struct Dedup {
@@ -96,6 +97,12 @@ impl Dedup {
     }
 }
 
+/// Removes the index; writers that have it open go on with what they have.
+pub(crate) fn forget(folder: &Path) {
+    // It may not be there; and a file that cannot be removed cannot have been written by us.
+    std::fs::remove_file(folder.join(DATABASE)).ok();
+}
+
 fn decode(value: &[u8; VALUE_BYTES]) -> FrameAddress {
     let (pack, rest) = value.split_at(20);
     let number = |at: usize| u32::from_le_bytes(rest[at..at + 4].try_into().expect("4 bytes"));
@@ -105,7 +112,7 @@ fn decode(value: &[u8; VALUE_BYTES]) -> FrameAddress {
 
 fn open_database(folder: &Path) -> Option<Database> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).ok()?;
-    let path = folder.join("windows.redb");
+    let path = folder.join(DATABASE);
     // Made here so that its mode is private from the first moment.
     let file = std::fs::OpenOptions::new()
         .read(true)

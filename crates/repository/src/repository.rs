@@ -231,7 +231,11 @@ impl Repository {
             Err(Error::Missing { .. }) => return Err(Error::NoSuchSnapshot { prefix: id.to_string() }),
             manifest => manifest?,
         };
-        self.objects().put(&deleted_name(*id), manifest.into())?;
+        // One that is repeated finds it there, and objects are written once.
+        let kept = deleted_name(*id);
+        if self.objects().length(&kept)?.is_none() {
+            self.objects().put(&kept, manifest.into())?;
+        }
         self.objects().delete(&manifest_name(*id))
     }
 

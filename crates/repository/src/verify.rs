@@ -1,5 +1,6 @@
 //! Verifying snapshots: every manifest, node and block is read and checked.
 
+use crate::frame_index::forget;
 use crate::frames::Frames;
 use crate::objects::list_ids;
 use crate::{Error, Repository};
@@ -47,7 +48,8 @@ pub struct Damage {
 }
 
 impl Repository {
-    /// Reads and checks everything of one snapshot, or of all. `progress` hears bytes done and in all.
+    /// Reads and checks everything of one snapshot, or of all. `progress` hears bytes done and in all. After damage
+    /// this host's index of known data is forgotten: it would lead later snapshots to what is damaged.
     ///
     /// # Errors
     /// `NoSuchSnapshot`, and the store's; damage is no error but in the report.
@@ -78,7 +80,13 @@ impl Repository {
             files.iter().flat_map(|file| &file.manifest.parts).map(|part| part.root.size_bytes).sum();
         let mut run = Run { frames: &self.frames, report, progress, done: 0, sound: HashSet::new() };
         files.iter().for_each(|file| run.snapshot(file));
-        Ok(run.report)
+        let report = run.report;
+        if report.damage_total > 0
+            && let Some(folder) = &self.cache_folder
+        {
+            forget(folder);
+        }
+        Ok(report)
     }
 }
 

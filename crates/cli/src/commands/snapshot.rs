@@ -137,8 +137,16 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
     let plain = |exit, to_do: &str| Explanation::new(exit, &problem, error.to_string(), to_do);
     match error {
         SnapshotError::Register(error) => of_register(&problem, error),
-        SnapshotError::Repository(error) => of_repository(&problem, error),
-        SnapshotError::Copy { source: CopyError::Store(error), .. } => of_repository(&problem, error),
+        SnapshotError::Repository(error) | SnapshotError::Copy { source: CopyError::Store(error), .. } => {
+            let explained = of_repository(&problem, error);
+            if explained.exit != Exit::Damaged {
+                return explained;
+            }
+            // What is damaged belongs to an earlier snapshot, with which this one was compared.
+            let to_do = "run `stillpoint verify` to see which earlier snapshots are affected; restore the object from a copy \
+                         of the repository, or delete them: the next one is then complete without them";
+            Explanation { to_do: to_do.to_owned(), ..explained }
+        }
         SnapshotError::Monitor(_) => plain(Exit::Unreachable, &reach_monitor(vm)),
         SnapshotError::Leftovers(_) => {
             plain(Exit::Failed, "try again; if it persists, restart the VM: its disks are sound")
