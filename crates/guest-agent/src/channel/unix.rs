@@ -16,7 +16,7 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens at `path`, taking the place of a socket left there by an agent before. Its mode follows the umask.
+    /// Listens at `path`, taking the place of a socket left there by an agent before. Only our own user may connect.
     /// # Errors
     /// When the path cannot be used, or is something else than a socket.
     pub fn bind(path: &Path) -> io::Result<Listener> {
@@ -29,6 +29,9 @@ impl Listener {
         }
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        // The file gets the mode of the unbound socket, less the umask: it is never open to others, not for a moment.
+        // Source: `unix_bind_bsd` in Linux's `net/unix/af_unix.c`.
+        rustix::fs::fchmod(&socket, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
         rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
         rustix::net::listen(&socket, BACKLOG)?;
         Ok(Listener { socket })

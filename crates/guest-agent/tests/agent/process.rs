@@ -117,3 +117,11 @@ fn a_log_file_that_does_not_open_holds_up_nothing() {
     let agent = Agent::start_with(&["-l", pipe.to_str().expect("a plain path")], &[]);
     assert_eq!(agent.client().ask(r#"{"execute":"guest-ping"}"#), r#"{"return": {}}"#);
 }
+
+#[test]
+fn its_socket_is_open_to_its_own_user_only() {
+    use std::os::unix::fs::PermissionsExt;
+    let agent = Agent::start();
+    let mode = std::fs::metadata(agent.socket()).expect("it listens").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "mode {mode:o}");
+}
