@@ -1,5 +1,6 @@
 //! The guard: a process that exists only during a run and thaws when the lease ends, when the agent is gone, and
-//! when neither can do anything about it.
+//! when neither can do anything about it. An agent that hangs is ended by it, because as long as that lives its workers
+//! hold what they quiesced; the agent that is started in its place undoes the rest.
 //!
 //! It is this program again, executed from a sealed copy in memory, not a fork: a fork of an agent with several
 //! threads inherits locks that nobody will release, and every page of the agent besides. It is started and ready
@@ -7,7 +8,7 @@
 //! a folder on each superblock. Its pages are locked, its threads (one for each superblock, because a FITHAW waits
 //! for a FIFREEZE that is still in the kernel) are running, and signals that end an agent do not end it.
 //!
-//! On the socket, one byte each: to the guard `L` (the deadline in the ledger has changed) and `Q` (all is thawed,
+//! On the socket, one byte each: to the guard `L` (a deadline in the ledger has changed) and `Q` (all is thawed,
 //! end); from the guard `R` (ready), `L` (the timer is set) and `E` (the lease ended, all is thawed).
 //! The socket's end is the agent's end.
 
@@ -36,7 +37,7 @@ use std::time::{Duration, Instant};
 /// Argument 0 of the guard, by which the program knows what to be.
 const NAME: &str = "stillpoint-guard";
 /// Longest wait until it is ready: it copies and starts one program.
-const START_MAX: Duration = Duration::from_secs(10);
+pub const START_MAX: Duration = Duration::from_secs(10);
 /// Longest wait until it has set its timer.
 const ARM_MAX: Duration = Duration::from_secs(1);
 /// Longest wait for its end, once told.
@@ -45,6 +46,8 @@ const END_MAX: Duration = Duration::from_secs(1);
 const LOOK_AGAIN_NS: u64 = 5_000_000;
 /// How long an agent that took a thaw upon itself may take to do it, before the guard does it too: the agent may hang.
 const AGENT_CLAIM_MAX: Duration = Duration::from_millis(250);
+/// How long after the lease's end an agent that was not heard of may live. One that is well thaws at once, and says so.
+const AGENT_LATE_NS: u64 = 5_000_000_000;
 /// Stack of each thread.
 const STACK_BYTES: usize = 64 << 10;
 
@@ -109,7 +112,8 @@ impl Guard {
         self.child.id()
     }
 
-    /// Begins the lease, whose end is in the ledger already, and waits until the guard's timer is set.
+    /// Has the guard look at the ledger's deadlines (the lease's end, when the agent is due), and waits until its timer
+    /// is set.
     /// # Errors
     /// When the guard does not answer: then nothing may be frozen.
     pub fn arm(&mut self) -> io::Result<()> {
@@ -274,33 +278,33 @@ fn watch(fds: &[RawFd]) -> io::Result<()> {
     let _spared = std::fs::write("/proc/self/oom_score_adj", "-1000").is_ok();
     say(&line, READY);
 
+    let agent = rustix::process::getppid();
     let mut armed = true;
     let mut said_ended = false;
+    let mut agent_ended = false;
+    set_timer(&timer, next_look_ns(&ledger, armed, said_ended, agent_ended))?;
     loop {
         let mut watched = [PollFd::new(&line, PollFlags::IN), PollFd::new(&timer, PollFlags::IN)];
         match poll(&mut watched, None) {
             Err(Errno::INTR) => continue,
             other => other?,
         };
-        let (spoken, due) = (!watched[0].revents().is_empty(), !watched[1].revents().is_empty());
-        if due && armed {
-            // Renewed meanwhile: the bell will ring, or has; the timer is set again either way.
-            if ledger.end_of_lease(boottime_ns()) {
-                armed = false;
-                watch.release();
-                set_timer(&timer, 0)?;
-            } else {
-                set_timer(&timer, ledger.deadline_ns())?;
-            }
+        let spoken = !watched[0].revents().is_empty();
+        // Renewed meanwhile: the bell will ring, or has; the timer is set again either way.
+        if armed && ledger.end_of_lease(boottime_ns()) {
+            armed = false;
+            watch.release();
+        }
+        if !agent_ended && agent_due_ns(&ledger).is_some_and(|due_ns| boottime_ns() >= due_ns) {
+            // Its socket closes when its last thread is out of the kernel, and then comes what follows any agent's end.
+            agent_ended = true;
+            end_agent(agent);
         }
         if !armed && !said_ended && threads.iter().all(thread::JoinHandle::is_finished) {
             say(&line, ENDED);
             said_ended = true;
-            set_timer(&timer, 0)?;
-        } else if !armed && !said_ended {
-            // Some FITHAW still waits; look again soon, and listen meanwhile.
-            set_timer(&timer, boottime_ns() + LOOK_AGAIN_NS)?;
         }
+        set_timer(&timer, next_look_ns(&ledger, armed, said_ended, agent_ended))?;
         if !spoken {
             continue;
         }
@@ -312,7 +316,7 @@ fn watch(fds: &[RawFd]) -> io::Result<()> {
                     return Ok(());
                 }
                 if armed {
-                    set_timer(&timer, ledger.deadline_ns())?;
+                    set_timer(&timer, next_look_ns(&ledger, armed, said_ended, agent_ended))?;
                     say(&line, LEASE);
                 }
             }
@@ -330,6 +334,32 @@ fn watch(fds: &[RawFd]) -> io::Result<()> {
         let _joined = thread.join().is_ok();
     }
     Ok(())
+}
+
+/// When there is something to look at, in nanoseconds since boot; 0: never.
+fn next_look_ns(ledger: &Ledger, armed: bool, said_ended: bool, agent_ended: bool) -> u64 {
+    if !armed && !said_ended {
+        // Some FITHAW still waits; look again soon, and listen meanwhile.
+        return boottime_ns() + LOOK_AGAIN_NS;
+    }
+    let lease = armed.then(|| ledger.deadline_ns()).filter(|deadline_ns| *deadline_ns != 0);
+    let agent = agent_due_ns(ledger).filter(|_| !agent_ended);
+    lease.into_iter().chain(agent).min().unwrap_or(0)
+}
+
+/// By when the agent must have been heard of.
+fn agent_due_ns(ledger: &Ledger) -> Option<u64> {
+    let lease = Some(ledger.deadline_ns()).filter(|deadline_ns| *deadline_ns != 0);
+    let said = Some(ledger.agent_due_ns()).filter(|due_ns| *due_ns != 0);
+    lease.map(|deadline_ns| deadline_ns.saturating_add(AGENT_LATE_NS)).max(said)
+}
+
+/// Ends an agent that hangs.
+fn end_agent(agent: Option<rustix::process::Pid>) {
+    // A child whose parent has died has another one: the number is still the agent's own.
+    if let Some(agent) = agent.filter(|agent| rustix::process::getppid() == Some(*agent)) {
+        let _killed = rustix::process::kill_process(agent, Signal::KILL).is_ok(); // it may end this instant
+    }
 }
 
 fn say(line: &OwnedFd, byte: u8) {

@@ -31,6 +31,7 @@ enum Header {
     Count,
     Phase,
     DeadlineNs,
+    AgentDueNs,
 }
 
 /// Words of an entry.
@@ -257,6 +258,16 @@ impl Ledger {
     /// When the lease ends, in nanoseconds since boot; 0: it has not begun.
     pub fn deadline_ns(&self) -> u64 {
         self.header(Header::DeadlineNs).load(SeqCst)
+    }
+
+    /// By when the agent will have come to its next step, in nanoseconds since boot; 0: the lease alone counts.
+    pub fn agent_due_ns(&self) -> u64 {
+        self.header(Header::AgentDueNs).load(SeqCst)
+    }
+
+    /// Says by when the agent will be heard of again. One that is not hangs, and its guard ends it.
+    pub fn expect_agent(&self, due_ns: u64) {
+        self.header(Header::AgentDueNs).store(due_ns, SeqCst);
     }
 
     /// Sets the end of the lease; answers whether the freeze still holds.

@@ -2,7 +2,7 @@
 
 use super::Refusal;
 use super::evidence::ms;
-use super::walk::{RESUME_MAX, Run, Stopped, aborted};
+use super::walk::{RESUME_MAX, Run, Stopped, aborted, expect_within};
 use crate::freeze::counters::{Counters, counters};
 use crate::freeze::guard::Heard;
 use crate::freeze::kernel::boottime_ns;
@@ -59,6 +59,8 @@ impl Frozen {
         let run = self.run();
         let lease_ns = run.order.lease_ms.saturating_mul(1_000_000);
         run.ledger.renew(boottime_ns().saturating_add(lease_ns));
+        // From here to the thaw the lease says when the agent is due.
+        run.ledger.expect_agent(0);
         run.guard.arm().map_err(|error| {
             (Refusal { code: "guard_failed", message: error.to_string() }, Phase::GuardGone)
         })?;
@@ -153,6 +155,8 @@ impl Frozen {
         // The guard may have thawed what our own thread has not yet come back from freezing: its word is waited for.
         let settled = |at| run.ledger.settled(at) && run.ledger.frozen(at) != Freeze::Called;
         while !(0..run.held.len()).all(settled) {
+            // Waiting for the kernel, and well.
+            expect_within(&run.ledger, Duration::ZERO);
             guard_dead |= run.guard.heard() == Heard::Dead;
             if guard_dead || Instant::now() >= patience {
                 // What the guard took upon itself and has not done is done here too. A FITHAW that only waits for a
@@ -170,6 +174,7 @@ impl Frozen {
     fn finish(mut self, refusal: Option<Refusal>) -> Box<Stopped> {
         let Some(mut run) = self.run.take() else { unreachable!("finished once") };
         let cause = run.ledger.phase();
+        expect_within(&run.ledger, RESUME_MAX);
         run.applications.resume(Instant::now() + RESUME_MAX);
         run.guard.end();
         run.evidence.applications(&run.applications);

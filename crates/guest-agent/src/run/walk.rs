@@ -10,7 +10,8 @@ use super::survey::{Surveyed, state_stays_writable, survey};
 use crate::freeze::crew::Crew;
 use crate::freeze::developer::is_developers_machine;
 use crate::freeze::facts::View;
-use crate::freeze::guard::Guard;
+use crate::freeze::guard::{Guard, START_MAX};
+use crate::freeze::kernel::boottime_ns;
 use crate::freeze::ledger::{Ledger, Phase};
 use crate::freeze::plan::Plan;
 use crate::freeze::writers::writers;
@@ -31,6 +32,9 @@ const LAST_FLUSH_MAX: Duration = Duration::from_secs(5);
 const FLUSH_LONGEST: Duration = Duration::from_secs(1 << 20);
 /// Longest time for looking at other processes.
 const WRITERS_MAX: Duration = Duration::from_secs(2);
+/// How much later than its own limits allow a step of a run may end. One that is later hangs, and the guard ends the
+/// agent: a guest that is short of everything is late by a second or two.
+const STEP_LATE_MAX: Duration = Duration::from_secs(5);
 /// Longest time for checking and resuming the applications.
 pub(super) const RESUME_MAX: Duration = Duration::from_secs(10);
 
@@ -82,8 +86,9 @@ pub(super) struct Run {
 impl Run {
     /// Undoes a run that has frozen nothing (yet, or any more).
     pub(super) fn stopped(mut self, refusal: Refusal, cause: Phase) -> Box<Stopped> {
-        self.guard.end();
+        expect_within(&self.ledger, RESUME_MAX);
         self.applications.resume(Instant::now() + RESUME_MAX);
+        self.guard.end();
         self.evidence.applications(&self.applications);
         self.evidence.reason(Reason::new(refusal.code, "", refusal.message.clone()));
         Box::new(Stopped { refusal, report: self.evidence.report, cause })
@@ -185,6 +190,7 @@ impl Prepared {
         let machinery = || -> std::io::Result<(Written, Arc<Ledger>, Crew, Guard)> {
             let (ledger, written) = Records::new(statedir).create(&record)?;
             let ledger = Arc::new(ledger);
+            expect_within(&ledger, START_MAX + order.prepare + WRITERS_MAX);
             let crew = Crew::start(&folders, &ledger)?;
             let guard = Guard::start(&ledger, &folders)?;
             Ok((written, ledger, crew, guard))
@@ -232,6 +238,12 @@ impl Prepared {
         let begun = Instant::now();
         let per_application = run.order.quiesce;
         let wanted = run.order.want == Want::Application;
+        // The guard ends an agent that hangs with locks taken.
+        expect_within(&run.ledger, per_application + LAST_FLUSH_MAX);
+        if let Err(error) = run.guard.arm() {
+            let refusal = Refusal { code: "guard_failed", message: error.to_string() };
+            return Err(run.stopped(refusal, Phase::GuardGone));
+        }
         if wanted {
             run.applications.quiesce(per_application, begun + per_application);
         }
@@ -277,6 +289,12 @@ impl Quiesced {
         }
         Frozen::begin(run, budget)
     }
+}
+
+/// Says to the guard by when this agent will have come to its next step.
+pub(super) fn expect_within(ledger: &Ledger, step: Duration) {
+    let ns = u64::try_from((step + STEP_LATE_MAX).as_nanos()).unwrap_or(u64::MAX);
+    ledger.expect_agent(boottime_ns().saturating_add(ns));
 }
 
 /// Why a run ended before it was frozen, or before the host asked.

@@ -245,6 +245,22 @@ scenes! {
         assert_eq!(agent.thaw("r")["thawed_by"], "lease_ended");
     };
 
+    an_agent_that_hangs_beyond_its_lease_is_ended_by_its_guard: two, |inside| {
+        let mut agent = inside.agent();
+        agent.freeze("r", 1_500);
+        agent.signal(libc::SIGSTOP);
+        inside.until_writable("/a", Duration::from_secs(4));
+        // Nobody lets it go on: as long as it lives, its workers hold what they quiesced.
+        agent.ended(Duration::from_secs(12));
+        until("the guard is gone", Duration::from_secs(5), || inside.guard().is_none());
+        let again = inside.agent();
+        until("the record is taken up", Duration::from_secs(5), || again.state() == "thawed");
+        let last = again.ask("stillpoint-status", json!({}))["last"].clone();
+        assert_eq!((last["id"].as_str(), last["thawed_by"].as_str()), (Some("r"), Some("lease_ended")), "{last}");
+        assert_eq!(again.freeze("next", 10_000)["frozen"], 2);
+        again.thaw("next");
+    };
+
     a_hanging_guard_does_not_outlast_the_lease: two, |inside| {
         let agent = inside.agent();
         agent.freeze("r", 2_000);

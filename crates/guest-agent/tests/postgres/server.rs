@@ -176,12 +176,22 @@ impl Server {
         self.sql_as("postgres", statements)
     }
 
+    /// Starts statements as the superuser, and goes on.
+    pub(crate) fn start_sql(&self, statements: &str) -> Child {
+        self.psql("postgres", statements).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    }
+
     pub(crate) fn sql_as(&self, role: &str, statements: &str) -> String {
-        let mut psql = as_postgres(Path::new("/usr/bin/psql"));
-        psql.args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", "postgres", "-U", role, "-h"]).arg(self.sockets());
-        let output = psql.args(["-c", statements]).current_dir("/").output().unwrap();
+        let output = self.psql(role, statements).output().unwrap();
         assert!(output.status.success(), "{statements}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    fn psql(&self, role: &str, statements: &str) -> Command {
+        let mut psql = as_postgres(Path::new("/usr/bin/psql"));
+        psql.args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", "postgres", "-U", role, "-h"]).arg(self.sockets());
+        psql.args(["-c", statements]).current_dir("/");
+        psql
     }
 
     fn wait(&self, what: &str, done: impl Fn(&Self) -> bool) {

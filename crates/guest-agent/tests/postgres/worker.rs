@@ -106,24 +106,9 @@ fn a_worker_ends_with_the_run_that_was_dropped() {
 #[test]
 fn a_worker_ends_its_session_when_its_agent_is_gone() {
     let Some(version) = Version::debian() else { return };
-    let server = Server::prepared(version, "");
-    server.own_file("pg_hba.conf", "local all all trust\n");
-    server.up();
-    let flags = rustix::fs::OFlags::PATH;
-    let place =
-        rustix::fs::open(server.sockets().join(".s.PGSQL.5432"), flags, rustix::fs::Mode::empty()).unwrap();
-    let (mut agent, theirs) = UnixStream::pair().unwrap();
-    let mut command = Command::new(crate::agent());
-    command.args(["quiesce-worker", "postgresql", &place.as_raw_fd().to_string()]);
-    let mut worker = command.stdin(OwnedFd::from(theirs)).spawn().unwrap();
-    drop(command);
-    drop(place);
-    let owner = std::fs::metadata(server.data()).unwrap().uid();
-    let order = format!(r#"{{"server_pid":{},"server_uid":{owner},"roles":["postgres"]}}"#, server.pid());
-    for frame in [order.as_str(), r#"{"phase":"quiesce","budget_ms":20000}"#] {
-        let length = u32::try_from(frame.len()).unwrap();
-        agent.write_all(&[&length.to_le_bytes()[..], frame.as_bytes()].concat()).unwrap();
-    }
+    let server = let_anyone_in(version);
+    let (mut agent, mut worker) = worker_of(&server);
+    ask(&mut agent, r#"{"phase":"quiesce","budget_ms":20000}"#);
     let mut length = [0; 4];
     agent.read_exact(&mut length).unwrap();
     let mut answer = vec![0; u32::from_le_bytes(length) as usize];
@@ -131,10 +116,76 @@ fn a_worker_ends_its_session_when_its_agent_is_gone() {
     let answer: serde_json::Value = serde_json::from_slice(&answer).unwrap();
     assert_eq!(answer["failure"], serde_json::Value::Null, "{answer}");
     drop(agent);
-    let until = within(5);
-    while worker.try_wait().unwrap().is_none() {
-        assert!(Instant::now() < until, "it stays");
-        std::thread::sleep(Duration::from_millis(10));
+    ends(&mut worker);
+    session_ends(&server);
+}
+
+#[test]
+fn a_worker_whose_agent_is_gone_waits_for_no_answer_of_its_server() {
+    let Some(version) = Version::debian() else { return };
+    let server = let_anyone_in(version);
+    let (mut agent, mut worker) = worker_of(&server);
+    // What the quiesce reads after its checkpoint is kept from it.
+    let keep = "SET allow_system_table_mods = on; SET application_name = 'keeper'; BEGIN; \
+        ALTER VIEW pg_prepared_xacts SET (security_barrier = true); SELECT pg_sleep(60)";
+    let mut keeper = server.start_sql(keep);
+    let count =
+        |condition: &str| server.sql(&format!("SELECT count(*) FROM pg_stat_activity WHERE {condition}"));
+    until("the keeper sleeps", || count("application_name = 'keeper' AND wait_event = 'PgSleep'") == "1");
+    ask(&mut agent, r#"{"phase":"quiesce","budget_ms":60000}"#);
+    until("the session waits", || {
+        count("application_name = 'stillpoint' AND wait_event_type = 'Lock'") == "1"
+    });
+    drop(agent);
+    ends(&mut worker);
+    session_ends(&server);
+    server.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'keeper'");
+    keeper.wait().unwrap();
+}
+
+fn let_anyone_in(version: &'static Version) -> Server {
+    let server = Server::prepared(version, "");
+    server.own_file("pg_hba.conf", "local all all trust\n");
+    server.up();
+    server
+}
+
+/// A worker for a server, and its agent's end of the channel.
+fn worker_of(server: &Server) -> (UnixStream, std::process::Child) {
+    let flags = rustix::fs::OFlags::PATH;
+    let place =
+        rustix::fs::open(server.sockets().join(".s.PGSQL.5432"), flags, rustix::fs::Mode::empty()).unwrap();
+    let (mut agent, theirs) = UnixStream::pair().unwrap();
+    let mut command = Command::new(crate::agent());
+    command.args(["quiesce-worker", "postgresql", &place.as_raw_fd().to_string()]);
+    let worker = command.stdin(OwnedFd::from(theirs)).spawn().unwrap();
+    let owner = std::fs::metadata(server.data()).unwrap().uid();
+    ask(
+        &mut agent,
+        &format!(r#"{{"server_pid":{},"server_uid":{owner},"roles":["postgres"]}}"#, server.pid()),
+    );
+    (agent, worker)
+}
+
+fn ask(agent: &mut UnixStream, frame: &str) {
+    let length = u32::try_from(frame.len()).unwrap();
+    agent.write_all(&[&length.to_le_bytes()[..], frame.as_bytes()].concat()).unwrap();
+}
+
+fn ends(worker: &mut std::process::Child) {
+    until("the worker's end", || worker.try_wait().unwrap().is_some());
+}
+
+fn session_ends(server: &Server) {
+    let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'stillpoint'";
+    until("its session's end", || server.sql(sessions) == "0");
+}
+
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let until = within(10);
+    while !holds() {
+        assert!(Instant::now() < until, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

@@ -4,9 +4,14 @@ use super::wire::{Trouble, connect_as_any, row};
 use super::{Order, evidence, unlogged};
 use crate::quiesce::channel::{Answer, Note, Phase};
 use crate::quiesce::worker::Session;
+use std::future::{Future, pending, poll_fn};
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
+use std::pin::pin;
+use std::task::Poll;
 use std::time::{Duration, Instant};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::runtime::Runtime;
 use tokio_postgres::Client;
 
@@ -54,13 +59,31 @@ impl Session for Postgres {
                     Phase::Resume => server.resume().await,
                 }
             };
-            tokio::time::timeout_at(until.into(), work).await
+            let mut work = pin!(tokio::time::timeout_at(until.into(), work));
+            let mut gone = pin!(agent_gone());
+            poll_fn(|context| match gone.as_mut().poll(context) {
+                // A server may keep a statement waiting for long, and nobody is left who would want its answer.
+                Poll::Ready(()) => Poll::Ready(Ok(Err(Trouble::Closed))),
+                Poll::Pending => work.as_mut().poll(context),
+            })
+            .await
         });
         match done {
             Ok(Ok(answer)) => answer,
             Ok(Err(trouble)) => Answer::failed(trouble.code(timeout_code), trouble.to_string()),
             Err(_) => Answer::failed(timeout_code, "the server did not answer in time"),
         }
+    }
+}
+
+/// Ends when the agent is gone: while a phase lasts it sends nothing, so its channel has only its end to tell.
+async fn agent_gone() {
+    // SAFETY: descriptor 0 is the channel, which a worker keeps open until its end.
+    let watched = unsafe { AsyncFd::register_with_interest(io::stdin().as_raw_fd(), Interest::READABLE) };
+    // A channel that cannot be watched is looked at again when the phase is over.
+    let Ok(watched) = watched else { return pending().await };
+    if watched.readable().await.is_err() {
+        pending().await
     }
 }
 
@@ -156,6 +179,10 @@ impl Server {
             }
             if number >= IDLE_TIMEOUT_VERSION_NUM {
                 client.simple_query("SET idle_session_timeout = 0").await?;
+                // A worker that dies in a statement leaves a session that notices only when it answers. Systems where
+                // the server cannot look refuse this; then it is that statement's own time limit that ends it.
+                let _watched =
+                    client.simple_query("SET client_connection_check_interval = 1000").await.is_ok();
             }
             let mut held = Held { client, role, backend_pid: String::new(), started: String::new() };
             (held.backend_pid, held.started) = held.identity().await?;
