@@ -20,6 +20,8 @@ const STOCK_FREEZE_TIMEOUT: Duration = Duration::from_secs(30);
 const THAW_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long thawing is tried again. A stock qemu-ga never thaws by itself; ours does at the end of its lease.
 const THAW_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a channel may refuse to be connected to: behind it is no QEMU any more, and so no guest.
+const GONE_PATIENCE: Duration = Duration::from_secs(3);
 /// Between two attempts to thaw.
 const THAW_PAUSE: Duration = Duration::from_millis(500);
 /// How long a rehearsal may take.
@@ -36,6 +38,8 @@ pub struct Guest {
 #[derive(Debug, Default)]
 pub(crate) struct Ended {
     pub(crate) answered: bool,
+    /// The agent knows nothing of the run, so nothing of it is frozen.
+    pub(crate) unknown: bool,
     pub(crate) report: Option<GuestReport>,
     pub(crate) stock: Option<StockFreeze>,
     pub(crate) reasons: Vec<Reason>,
@@ -172,7 +176,7 @@ impl Guest {
             // Asked after the point and before the thaw: did it still hold?
             self.stock.frozen_after_point = agent.fsfreeze_is_frozen().unwrap_or(false);
         }
-        let patience = Instant::now() + THAW_PATIENCE;
+        let began = Instant::now();
         loop {
             let answer = match agent.kind() {
                 Kind::Stillpoint => agent
@@ -192,12 +196,19 @@ impl Guest {
                     | AgentError::NotOffered { .. }
                     | AgentError::Answer { .. }),
                 ) => {
-                    return unanswered(&error);
+                    return Ended { unknown: true, ..unanswered(&error) };
                 }
-                Err(error) if Instant::now() >= patience => return unanswered(&error),
+                Err(error) if began.elapsed() >= patience(&error) => return unanswered(&error),
                 Err(_) => std::thread::sleep(THAW_PAUSE),
             }
         }
+    }
+}
+
+fn patience(error: &AgentError) -> Duration {
+    match error {
+        AgentError::Connect { .. } => GONE_PATIENCE,
+        _ => THAW_PATIENCE,
     }
 }
 

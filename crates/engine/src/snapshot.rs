@@ -227,7 +227,7 @@ impl Carrier<'_> {
                     Err(cause) => {
                         self.receipt.reasons.push(Reason::new("freeze_failed", &self.request.vm, &cause));
                         if self.request.require > Level::Crash {
-                            self.fail(SnapshotError::Freeze(cause));
+                            self.fail(SnapshotError::Freeze { cause, thawed: false });
                         }
                         Event::FreezeFailed
                     }
@@ -308,6 +308,9 @@ impl Carrier<'_> {
     fn thaw(&mut self) {
         let ended = self.guest.thaw(&self.receipt.run);
         self.owes.thaw = false;
+        if let Some(SnapshotError::Freeze { thawed, .. }) = &mut self.failure {
+            *thawed = ended.answered || ended.unknown;
+        }
         self.receipt.order.thaw_answered = ended.answered;
         self.receipt.guest = ended.report;
         self.receipt.stock = ended.stock;
@@ -397,8 +400,17 @@ impl Carrier<'_> {
         self.owes.release = false;
         let note = Note { run: self.receipt.run.clone(), plan: Some(plan.clone()), outcome };
         let noted = if outcome == Outcome::Kept { self.journal.write(&note) } else { Ok(()) };
-        let released = point::release(&mut self.monitor, plan, outcome)
-            .and_then(|()| point::unclaim(&mut self.monitor, note.tag()).map_err(UndoError::from));
+        let undo = |monitor: &mut Monitor| {
+            point::release(monitor, plan, outcome)
+                .and_then(|()| point::unclaim(monitor, note.tag()).map_err(UndoError::from))
+        };
+        let mut released = undo(&mut self.monitor);
+        if let Err(UndoError::Monitor(error)) = &released
+            && error.is_broken()
+            && self.monitor.reconnect(END_TIMEOUT).is_ok()
+        {
+            released = undo(&mut self.monitor);
+        }
         let cleared = if released.is_ok() { self.journal.clear() } else { Ok(()) };
         self.hung_up =
             matches!(released, Err(UndoError::Monitor(MonitorError::Closed { .. } | MonitorError::Io(_))));

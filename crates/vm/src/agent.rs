@@ -11,6 +11,7 @@ pub use calls::{EXEC_OUTPUT_BYTES_MAX, ExecOutput, freeze_limit};
 use crate::unix;
 use guest_protocol::answers::Info;
 use guest_protocol::client::{Event, LineTooLong};
+use guest_protocol::stillpoint::{State, StatusReport};
 use guest_protocol::{Class, Client};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -28,6 +29,10 @@ const SYNC_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long a raised cancel flag may stay unseen.
 const CANCEL_LATENCY: Duration = Duration::from_millis(100);
+/// How often an agent that is at work on a run is asked whether it still is: the answer of one that died never comes.
+const LOOK_AFTER_RUN: Duration = Duration::from_secs(2);
+/// Ours answers that at any time. One that has not for so long is dead, or the VM does not run.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
 
 /// Which agent answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +89,12 @@ pub enum AgentError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The agent does not know of the run any more: it died, and another was started in its place.
+    #[error("the agent was restarted while it carried out {command}")]
+    Restarted {
+        /// The command.
+        command: String,
+    },
     /// Someone wanted the wait to end. What the guest does about the call is not known.
     #[error("the wait for the agent's answer to {command} was interrupted")]
     Interrupted {
@@ -99,6 +110,15 @@ impl From<LineTooLong> for AgentError {
     fn from(error: LineTooLong) -> Self {
         Self::Io(io::Error::new(io::ErrorKind::InvalidData, error))
     }
+}
+
+/// What may end the wait for an answer before its time.
+#[derive(Clone, Copy, Debug, Default)]
+struct Unless<'a> {
+    /// Someone raised this flag.
+    cancel: Option<&'a AtomicBool>,
+    /// The agent does not hold this run any more.
+    run: Option<&'a str>,
 }
 
 /// A connection to the guest's agent. Errors do not end it: the next call synchronizes, and connects anew if it must.
@@ -128,7 +148,7 @@ impl Agent {
             kind: Kind::Stock,
         };
         agent.synchronize(Instant::now() + limit)?;
-        agent.info = agent.call_bounded("guest-info", None, limit, None)?;
+        agent.info = agent.call_bounded("guest-info", None, limit, Unless::default())?;
         // While frozen commands are disabled, but listed.
         if agent.info.supported_commands.iter().any(|command| command.name == "stillpoint-freeze") {
             agent.kind = Kind::Stillpoint;
@@ -156,7 +176,7 @@ impl Agent {
         arguments: Option<Value>,
         limit: Duration,
     ) -> Result<T, AgentError> {
-        let answer = self.call_raw(command, arguments, limit, None)?;
+        let answer = self.call_raw(command, arguments, limit, Unless::default())?;
         understand(command, answer)
     }
 
@@ -167,7 +187,7 @@ impl Agent {
         limit: Duration,
         cancel: &AtomicBool,
     ) -> Result<T, AgentError> {
-        let answer = self.call_raw(command, None, limit, Some(cancel))?;
+        let answer = self.call_raw(command, None, limit, Unless { cancel: Some(cancel), run: None })?;
         understand(command, answer)
     }
 
@@ -177,11 +197,11 @@ impl Agent {
         command: &str,
         arguments: &A,
         limit: Duration,
-        cancel: Option<&AtomicBool>,
+        unless: Unless<'_>,
     ) -> Result<T, AgentError> {
         let arguments = serde_json::to_value(arguments)
             .map_err(|error| AgentError::Answer { command: command.to_owned(), reason: error.to_string() })?;
-        self.call_bounded(command, Some(arguments), limit, cancel)
+        self.call_bounded(command, Some(arguments), limit, unless)
     }
 
     /// Calls a command whose answer is kept, or shown: within the limits of a report.
@@ -190,9 +210,9 @@ impl Agent {
         command: &str,
         arguments: Option<Value>,
         limit: Duration,
-        cancel: Option<&AtomicBool>,
+        unless: Unless<'_>,
     ) -> Result<T, AgentError> {
-        let mut answer = self.call_raw(command, arguments, limit, cancel)?;
+        let mut answer = self.call_raw(command, arguments, limit, unless)?;
         calls::bound(&mut answer).map_err(|reason| AgentError::Answer {
             command: command.to_owned(),
             reason: reason.to_owned(),
@@ -205,14 +225,15 @@ impl Agent {
         command: &str,
         arguments: Option<Value>,
         limit: Duration,
-        cancel: Option<&AtomicBool>,
+        unless: Unless<'_>,
     ) -> Result<Value, AgentError> {
-        let deadline = Instant::now() + limit;
+        let asked = Instant::now();
+        let deadline = asked + limit;
         if self.stream.is_none() || !self.client.is_synchronized() {
             self.synchronize(deadline)?;
         }
-        let outcome = self.exchange(command, arguments, deadline, cancel);
-        let cancelled = cancel.is_some_and(|cancel| cancel.load(Ordering::SeqCst));
+        let outcome = self.exchange(command, arguments, deadline, unless);
+        let cancelled = unless.cancel.is_some_and(|cancel| cancel.load(Ordering::SeqCst));
         let failed = |desc| AgentError::Failed { command: command.to_owned(), desc };
         match outcome {
             Ok(Some(Ok(answer))) => Ok(answer),
@@ -235,7 +256,7 @@ impl Agent {
                 Err(if cancelled {
                     AgentError::Interrupted { command }
                 } else {
-                    AgentError::Timeout { command, limit }
+                    AgentError::Timeout { command, limit: limit.min(asked.elapsed()) }
                 })
             }
             Err(error) => {
@@ -250,25 +271,38 @@ impl Agent {
         command: &str,
         arguments: Option<Value>,
         deadline: Instant,
-        cancel: Option<&AtomicBool>,
+        unless: Unless<'_>,
     ) -> Result<Option<Result<Value, guest_protocol::Error>>, AgentError> {
         let (request, bytes) = self.client.request(command, arguments);
         self.send(&bytes, deadline)?;
+        let impatient = unless.cancel.is_some() || unless.run.is_some();
+        let mut look = Look::new();
         loop {
-            let until =
-                if cancel.is_some() { deadline.min(Instant::now() + CANCEL_LATENCY) } else { deadline };
-            let events = match self.receive(until)? {
-                Some(events) => events,
-                None if until < deadline && cancel.is_some_and(|cancel| !cancel.load(Ordering::SeqCst)) => {
-                    continue;
+            let until = if impatient { deadline.min(Instant::now() + CANCEL_LATENCY) } else { deadline };
+            let Some(events) = self.receive(until)? else {
+                let cancelled = unless.cancel.is_some_and(|cancel| cancel.load(Ordering::SeqCst));
+                if Instant::now() >= deadline || cancelled || look.heard.elapsed() >= SILENCE_MAX {
+                    return Ok(None);
                 }
-                None => return Ok(None),
+                if unless.run.is_some() && look.asked.elapsed() >= LOOK_AFTER_RUN {
+                    self.client.give_up(look.request);
+                    let bytes;
+                    (look.request, bytes) = self.client.request("stillpoint-status", None);
+                    look.asked = Instant::now();
+                    self.send(&bytes, deadline)?;
+                }
+                if unless.run.is_none() {
+                    look.heard = Instant::now(); // an agent that cannot be asked may take all the time
+                }
+                continue;
             };
             for event in events {
-                if let Event::Answer { request: answered, result } = event
-                    && answered == request
-                {
+                let Event::Answer { request: answered, result } = event else { continue };
+                if answered == request {
                     return Ok(Some(result));
+                }
+                if answered == look.request && look.is_over(unless.run, result) {
+                    return Err(AgentError::Restarted { command: command.to_owned() });
                 }
             }
         }
@@ -333,6 +367,35 @@ impl Agent {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Some(vec![])),
             Err(error) => Err(AgentError::Io(error)),
         }
+    }
+}
+
+/// What is known of a run whose answer is awaited.
+struct Look {
+    /// The latest question about it, and when it was asked.
+    request: u64,
+    asked: Instant,
+    /// When one was answered.
+    heard: Instant,
+    /// The latest answer said that nothing holds the guest.
+    missed: bool,
+}
+
+impl Look {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { request: 0, asked: now, heard: now, missed: false }
+    }
+
+    /// Takes an answer. Believed when it comes twice: the answer to the run itself may be on its way.
+    fn is_over(&mut self, run: Option<&str>, answer: Result<Value, guest_protocol::Error>) -> bool {
+        self.heard = Instant::now();
+        let status = answer.ok().and_then(|answer| serde_json::from_value::<StatusReport>(answer).ok());
+        // An agent that may not say is believed to be at it.
+        let holds = status.is_none_or(|status| status.state != State::Thawed && status.id.as_deref() == run);
+        let over = !holds && self.missed;
+        self.missed = !holds;
+        over
     }
 }
 

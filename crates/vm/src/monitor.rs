@@ -69,9 +69,17 @@ pub enum MonitorError {
     Io(#[source] io::Error),
 }
 
+impl MonitorError {
+    /// The connection is of no more use; QEMU may live on.
+    pub fn is_broken(&self) -> bool {
+        matches!(self, Self::Closed { .. } | Self::Io(_) | Self::Wire(_))
+    }
+}
+
 /// A connection to QEMU's monitor. One thread uses it at a time; every wait has a limit.
 #[derive(Debug)]
 pub struct Monitor {
+    path: PathBuf,
     stream: UnixStream,
     session: Session,
     greeting: Greeting,
@@ -94,7 +102,13 @@ impl Monitor {
             }
         })?;
         let peer = unix::peer(&stream).ok();
-        let mut monitor = Self { stream, session: Session::new(), greeting: Greeting::default(), peer };
+        let mut monitor = Self {
+            path: path.to_owned(),
+            stream,
+            session: Session::new(),
+            greeting: Greeting::default(),
+            peer,
+        };
         monitor.greeting = loop {
             if let Some(greeting) = monitor.session.greeting() {
                 break greeting.clone();
@@ -105,6 +119,15 @@ impl Monitor {
         };
         monitor.run_within(&QmpCapabilities {}, limit)?;
         Ok(monitor)
+    }
+
+    /// Connects anew after the connection broke. What became of the command that was under way is not known.
+    ///
+    /// # Errors
+    /// As [`Monitor::connect`].
+    pub fn reconnect(&mut self, limit: Duration) -> Result<(), MonitorError> {
+        *self = Self::connect(&self.path.clone(), limit)?;
+        Ok(())
     }
 
     /// What QEMU said first.

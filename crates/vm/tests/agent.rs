@@ -206,6 +206,49 @@ fn a_late_answer_is_not_taken_for_that_of_the_next_call() {
 }
 
 #[test]
+fn a_freeze_whose_agent_died_is_given_up_as_soon_as_the_next_one_answers() {
+    let scripted = Scripted::start(|name, _| match name {
+        "guest-info" => info(true),
+        "stillpoint-freeze" => Reply::Nothing,
+        "stillpoint-status" => Reply::Answer(json!({ "state": "thawed" })),
+        _ => thaw_report(),
+    });
+    let mut agent = Agent::connect(&scripted.path(), LONG).unwrap();
+    let began = Instant::now();
+    let error = agent.stillpoint_freeze(&freeze(), &GO_ON).unwrap_err();
+    assert!(matches!(error, AgentError::Restarted { .. }), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    assert_eq!(agent.stillpoint_thaw(&thaw(), LONG).unwrap().id, "r1");
+    drop(agent);
+    let asked =
+        ["guest-info", "stillpoint-freeze", "stillpoint-status", "stillpoint-status", "stillpoint-thaw"];
+    assert_eq!(scripted.end(), asked);
+}
+
+#[test]
+fn a_freeze_that_takes_long_is_waited_for_while_the_agent_holds_the_run() {
+    let scripted = Scripted::start(|name, _| match name {
+        "guest-info" => info(true),
+        "stillpoint-freeze" => Reply::Nothing,
+        // What was asked for comes behind the second look.
+        "stillpoint-status" => Reply::Answer(json!({ "state": "quiescing", "id": "r1" })),
+        _ => thaw_report(),
+    });
+    let mut agent = Agent::connect(&scripted.path(), LONG).unwrap();
+    let cancel = std::sync::Arc::new(AtomicBool::new(false));
+    let later = std::sync::Arc::clone(&cancel);
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(7));
+        later.store(true, Ordering::SeqCst);
+    });
+    let error = agent.stillpoint_freeze(&freeze(), &cancel).unwrap_err();
+    assert!(matches!(error, AgentError::Interrupted { .. }), "{error}");
+    drop(agent);
+    let seen = scripted.end();
+    assert!(seen.iter().filter(|name| *name == "stillpoint-status").count() >= 2, "{seen:?}");
+}
+
+#[test]
 fn a_channel_that_closes_in_the_middle_is_connected_anew_for_the_thaw() {
     let scripted = Scripted::start(|name, connection| match (name, connection) {
         ("guest-info", _) => info(true),

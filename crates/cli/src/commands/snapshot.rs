@@ -181,12 +181,17 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
             "use QEMU 9 or later, attach the disk without an I/O thread, or leave it out with --disk",
         ),
         SnapshotError::Point(_) => plain(Exit::Failed, "see the cause, and try again; the disks are sound"),
-        SnapshotError::Freeze(_) => plain(
-            Exit::BelowRequired,
-            &format!(
-                "see `stillpoint check {vm}`; or accept less with --require crash. The guest was thawed"
-            ),
-        ),
+        SnapshotError::Freeze { thawed, .. } => {
+            let state = if *thawed {
+                "The guest is not frozen"
+            } else {
+                "The thaw was not answered, so see at once whether the guest still hangs"
+            };
+            plain(
+                Exit::BelowRequired,
+                &format!("see `stillpoint check {vm}`; or accept less with --require crash. {state}"),
+            )
+        }
         SnapshotError::BelowRequired { reached, required, reasons } => Explanation::new(
             Exit::BelowRequired,
             format!("no {required}-consistent snapshot of {vm} was taken"),

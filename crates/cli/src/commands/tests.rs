@@ -37,7 +37,11 @@ fn a_snapshot_that_was_not_taken_says_why_and_what_to_do() {
         SnapshotError::Point(PointError::Unsupported("snapshot-access")),
         SnapshotError::Point(PointError::IoThread("data".to_owned())),
         SnapshotError::Point(PointError::Paused(MonitorError::Io(ErrorKind::BrokenPipe.into()))),
-        SnapshotError::Freeze("the agent failed stillpoint-freeze: busy".to_owned()),
+        SnapshotError::Freeze { cause: "the agent failed stillpoint-freeze: busy".to_owned(), thawed: true },
+        SnapshotError::Freeze {
+            cause: "the agent did not answer stillpoint-freeze within 30000 ms".to_owned(),
+            thawed: false,
+        },
         below("vm_paused", "the VM is paused, so nobody in the guest can answer"),
         below("thaw_failed", "the agent did not answer guest-fsfreeze-thaw within 10000 ms"),
         SnapshotError::RequiredApplication(Reason::new(

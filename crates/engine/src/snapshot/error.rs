@@ -48,8 +48,13 @@ pub enum SnapshotError {
     #[error("QEMU could not cut the disks: {0}")]
     Point(#[from] PointError),
     /// The guest could not be frozen, and a frozen one was required.
-    #[error("the guest could not be frozen: {0}")]
-    Freeze(String),
+    #[error("the guest could not be frozen: {cause}")]
+    Freeze {
+        /// The agent's words.
+        cause: String,
+        /// The guest answered the thaw that followed, or said that nothing of the run is frozen.
+        thawed: bool,
+    },
     /// The snapshot would be worth less than required.
     #[error("the snapshot would be {reached}, and {required} was required")]
     BelowRequired {

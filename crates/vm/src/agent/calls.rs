@@ -1,6 +1,6 @@
 //! The commands that we call, typed.
 
-use super::{Agent, AgentError, CALL_TIMEOUT};
+use super::{Agent, AgentError, CALL_TIMEOUT, Unless};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use guest_protocol::answers::{ExecStarted, ExecStatus, FilesystemInfo, OsInfo};
@@ -73,7 +73,7 @@ impl Agent {
     /// # Errors
     /// See [`AgentError`].
     pub fn fsinfo(&mut self) -> Result<Vec<FilesystemInfo>, AgentError> {
-        self.call_bounded("guest-get-fsinfo", None, CALL_TIMEOUT, None)
+        self.call_bounded("guest-get-fsinfo", None, CALL_TIMEOUT, Unless::default())
     }
 
     /// Whether the agent holds file systems frozen.
@@ -143,7 +143,7 @@ impl Agent {
         arguments: &CheckArguments,
         limit: Duration,
     ) -> Result<CheckReport, AgentError> {
-        self.call_ours("stillpoint-check", arguments, limit, None)
+        self.call_ours("stillpoint-check", arguments, limit, Unless::default())
     }
 
     /// Prepares, quiesces, flushes and freezes; returns when everything that could be frozen is. Whatever comes of
@@ -156,7 +156,8 @@ impl Agent {
         arguments: &FreezeArguments,
         cancel: &AtomicBool,
     ) -> Result<FreezeReport, AgentError> {
-        self.call_ours("stillpoint-freeze", arguments, freeze_limit(arguments), Some(cancel))
+        let unless = Unless { cancel: Some(cancel), run: Some(&arguments.id) };
+        self.call_ours("stillpoint-freeze", arguments, freeze_limit(arguments), unless)
     }
 
     /// Lets the guest stay frozen for longer.
@@ -164,7 +165,7 @@ impl Agent {
     /// # Errors
     /// See [`AgentError`].
     pub fn stillpoint_renew(&mut self, arguments: &RenewArguments) -> Result<RenewReport, AgentError> {
-        self.call_ours("stillpoint-renew", arguments, CALL_TIMEOUT, None)
+        self.call_ours("stillpoint-renew", arguments, CALL_TIMEOUT, Unless::default())
     }
 
     /// Thaws, resumes and checks; answers the guest's half of the receipt.
@@ -176,7 +177,7 @@ impl Agent {
         arguments: &ThawArguments,
         limit: Duration,
     ) -> Result<GuestReport, AgentError> {
-        self.call_ours("stillpoint-thaw", arguments, limit, None)
+        self.call_ours("stillpoint-thaw", arguments, limit, Unless::default())
     }
 
     /// Asks where the guest stands.
@@ -184,7 +185,7 @@ impl Agent {
     /// # Errors
     /// See [`AgentError`].
     pub fn stillpoint_status(&mut self) -> Result<StatusReport, AgentError> {
-        self.call_ours("stillpoint-status", &Map::<String, Value>::new(), CALL_TIMEOUT, None)
+        self.call_ours("stillpoint-status", &Map::<String, Value>::new(), CALL_TIMEOUT, Unless::default())
     }
 }
 

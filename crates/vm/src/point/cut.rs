@@ -9,6 +9,9 @@ use qmp::qom::DeviceListProperties;
 use std::io;
 use std::time::{Duration, Instant};
 
+/// How long a QEMU that lives may take to greet again.
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// A point that failed. Whatever was put in place is removed by [`release`](crate::point::release).
 #[derive(Debug, thiserror::Error)]
 pub enum PointError {
@@ -139,7 +142,7 @@ impl Prepared<'_> {
         if running {
             // Also after a `stop` that was not answered: QEMU takes commands in order, so it runs in the end. If this
             // fails, `self.restarter` is dropped armed and tries once more.
-            monitor.run(&Cont {}).map_err(PointError::Paused)?;
+            resume(monitor).map_err(PointError::Paused)?;
         }
         let stopped = began.elapsed();
         let restarter = self.restarter.map(Restarter::disarm);
@@ -149,6 +152,17 @@ impl Prepared<'_> {
     /// Ends without a cut.
     pub fn abandon(self) {
         drop(self.restarter.map(Restarter::disarm));
+    }
+}
+
+/// Lets the vCPUs run. QEMU outlives a connection that broke, and then only a new one can tell it.
+fn resume(monitor: &mut Monitor) -> Result<(), MonitorError> {
+    match monitor.run(&Cont {}) {
+        Err(error) if error.is_broken() => {
+            monitor.reconnect(RECONNECT_TIMEOUT)?;
+            monitor.run(&Cont {}).map(drop)
+        }
+        answered => answered.map(drop),
     }
 }
 
