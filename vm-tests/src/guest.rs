@@ -23,6 +23,15 @@ pub enum Agent {
     None,
 }
 
+/// Which init the guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Init {
+    /// Starts what a test needs, in seconds, and the agent again whenever it ends.
+    Busybox,
+    /// As a distribution has it; our agent is installed with its packaged unit.
+    Systemd,
+}
+
 /// How a guest's disks come to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskFormat {
@@ -36,6 +45,7 @@ pub enum DiskFormat {
 #[derive(Clone, Debug)]
 pub struct GuestBuilder {
     agent: Agent,
+    init: Init,
     format: DiskFormat,
     machine: Machine,
     disks: Option<Vec<Disk>>,
@@ -51,6 +61,13 @@ impl GuestBuilder {
     #[must_use]
     pub fn agent(mut self, agent: Agent) -> Self {
         self.agent = agent;
+        self
+    }
+
+    /// Which init runs; busybox's unless said.
+    #[must_use]
+    pub fn init(mut self, init: Init) -> Self {
+        self.init = init;
         self
     }
 
@@ -127,7 +144,7 @@ impl GuestBuilder {
             ],
         };
         let initrd = folder.path().join("initrd.img");
-        write_initrd(image, self.agent, &initrd)?;
+        write_initrd(image, self.agent, self.init, &initrd)?;
         let agent = match self.agent {
             Agent::Ours => "ours",
             Agent::Stock => "stock",
@@ -135,8 +152,10 @@ impl GuestBuilder {
         };
         // An emulated TSC runs at the speed of a busy host: the guest's clock once ran at twice the speed with it.
         let clock = if accelerator == Accelerator::Tcg { "tsc=unstable clocksource=hpet" } else { "" };
+        let init =
+            if self.init == Init::Systemd { "stillpoint.init=systemd systemd.show_status=0" } else { "" };
         let append = format!(
-            "console=ttyS0 quiet mitigations=off panic=-1 {clock} stillpoint.agent={agent}{}",
+            "console=ttyS0 quiet mitigations=off panic=-1 {clock} stillpoint.agent={agent} {init}{}",
             self.append
         );
         let started = Instant::now();
@@ -162,13 +181,19 @@ impl GuestBuilder {
 }
 
 /// The image's own initrd, and behind it the programs of this checkout.
-fn write_initrd(image: &Image, agent: Agent, path: &Path) -> io::Result<()> {
+fn write_initrd(image: &Image, agent: Agent, init: Init, path: &Path) -> io::Result<()> {
     std::fs::copy(image.initrd(), path)?;
     let mut file = std::fs::OpenOptions::new().append(true).open(path)?;
     let mut overlay = crate::overlay::Overlay::with_folder("stillpoint");
     overlay.add_program("stillpoint/load", &std::fs::read(image.load())?);
     if agent == Agent::Ours {
         overlay.add_program("stillpoint/stillpoint-agent", &std::fs::read(image.agent())?);
+        if init == Init::Systemd {
+            for name in ["stillpoint-agent.service", "60-stillpoint-agent.rules"] {
+                let packaged = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/systemd").join(name);
+                overlay.add_file(&format!("stillpoint/{name}"), &std::fs::read(packaged)?);
+            }
+        }
     }
     overlay.finish(&mut file)
 }
@@ -194,6 +219,7 @@ impl Guest {
     pub fn builder() -> GuestBuilder {
         GuestBuilder {
             agent: Agent::Ours,
+            init: Init::Busybox,
             format: DiskFormat::Qcow2,
             machine: Machine::Q35,
             disks: None,

@@ -39,7 +39,7 @@ pub use block_graph::BlockGraph;
 pub use commands::{
     CHECK_FILE_SYSTEMS, DATA_RECORDS, RECOVERY_LOG, ROOT_RECORDS, amcheck, count_records, psql,
 };
-pub use guest::{Agent, DiskFormat, Guest, GuestBuilder};
+pub use guest::{Agent, DiskFormat, Guest, GuestBuilder, Init};
 pub use harness::{Output, shell};
 pub use image::Image;
 pub use process::spawn;

@@ -25,6 +25,11 @@ impl Overlay {
         self.entry(path, 0o100_755, content);
     }
 
+    /// Adds a file that is no program.
+    pub(crate) fn add_file(&mut self, path: &str, content: &[u8]) {
+        self.entry(path, 0o100_644, content);
+    }
+
     /// Writes the archive behind the initrd `to` starts with, which must end at a multiple of four bytes.
     ///
     /// # Errors
