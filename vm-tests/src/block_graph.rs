@@ -39,6 +39,20 @@ impl BlockGraph {
         Ok(Self(lines))
     }
 
+    /// The same without what is new in the name of each run's bitmap, to compare one finished run with another.
+    #[must_use]
+    pub fn shape(&self) -> Vec<String> {
+        let nameless = |line: &String| {
+            let mut parts = line.split("stillpoint-");
+            let first = parts.next().unwrap_or_default().to_owned();
+            parts.fold(first, |shape, part| {
+                let name_ends = part.find([' ', '"']).unwrap_or(part.len());
+                shape + "stillpoint-" + &part[name_ends..]
+            })
+        };
+        self.0.iter().map(nameless).collect()
+    }
+
     /// How many lines contain a text.
     #[must_use]
     pub fn count(&self, text: &str) -> usize {

@@ -22,10 +22,12 @@ mod acks;
 pub mod bare;
 mod block_graph;
 mod commands;
+mod gate;
 mod guest;
 mod harness;
 mod image;
 pub mod lying_agent;
+mod ordeal;
 mod overlay;
 mod process;
 mod proof;
@@ -39,9 +41,11 @@ pub use block_graph::BlockGraph;
 pub use commands::{
     CHECK_FILE_SYSTEMS, DATA_RECORDS, RECOVERY_LOG, ROOT_RECORDS, amcheck, count_records, psql,
 };
+pub use gate::{At, Gate};
 pub use guest::{Agent, DiskFormat, Guest, GuestBuilder, Init};
 pub use harness::{Output, shell};
 pub use image::Image;
+pub use ordeal::{Extent, Ordeal, Victim, signal};
 pub use process::spawn;
 pub use proof::{Found, Promised, prove, snapshot_id};
 pub use qemu::{Disk, Machine};

@@ -1,0 +1,422 @@
+//! A working guest whose runs meet deaths: gates to put them at any step, and what must hold after each of them.
+
+use crate::gate::Gate;
+use crate::guest::{Guest, GuestBuilder};
+use crate::stillpoint::{Ended, Running, Stillpoint};
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+use vm::monitor::Monitor;
+
+/// For what an idle machine does in a second or two.
+const LIMIT: Duration = Duration::from_secs(30);
+/// Longest time for a run to come to a step, and for anything to be over. Emulated, on a busy machine.
+const STEP_LIMIT: Duration = Duration::from_secs(180);
+/// How long a session of ours may outlast its run in PostgreSQL. A server looks after a dead client once a second.
+const SESSION_LIMIT: Duration = Duration::from_secs(20);
+/// When a guest is killed, whatever comes. The long run dies each death three times.
+const LIFETIME: Duration = Duration::from_secs(90 * 60);
+/// Levels, lowest first.
+const LEVELS: [&str; 5] = ["none", "crash", "filesystem", "application", "clean"];
+/// Database connections of ours.
+const OUR_SESSIONS: &str = "select count(*) from pg_stat_activity where application_name = 'stillpoint'";
+
+/// Who can die in a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Victim {
+    /// The agent itself.
+    Agent,
+    /// The process that thaws when the agent cannot.
+    Guard,
+    /// The process that holds PostgreSQL's session.
+    Worker,
+    /// All three, so that none can act on another's death.
+    All,
+}
+
+impl Victim {
+    /// A word of their command lines.
+    fn pattern(self) -> &'static str {
+        match self {
+            Self::Agent => "^/[a-z/]*stillpoint-agent$",
+            Self::Guard => "^stillpoint-guard$",
+            Self::Worker => "^quiesce-worker$",
+            Self::All => "^(/[a-z/]*stillpoint-agent|stillpoint-guard|quiesce-worker)$",
+        }
+    }
+
+    /// A shell command for the guest that ends them, and fails if there is none.
+    #[must_use]
+    pub fn killed(self) -> String {
+        // Stopped first: nobody acts on the death of another before all are dead.
+        signal(self.pattern(), &["STOP", "KILL"])
+    }
+
+    /// One that makes them hang.
+    #[must_use]
+    pub fn hung(self) -> String {
+        signal(self.pattern(), &["STOP"])
+    }
+}
+
+/// A shell command for the guest that sends signals to every process with such a word in its command line, and fails if
+/// there is none.
+#[must_use]
+pub fn signal(pattern: &str, signals: &[&str]) -> String {
+    let sent: Vec<String> = signals.iter().map(|signal| format!("kill -{signal} $pids")).collect();
+    format!(
+        "pids=$(grep -lzE '{pattern}' /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3); [ -n \"$pids\" ] && {}",
+        sent.join(" && ")
+    )
+}
+
+/// How much of an ordeal a guest goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// Each death once; every fourth is followed by a run that has to be whole, and so is the last.
+    Once,
+    /// Each death three times, and each is followed by such a run.
+    ThreeTimes,
+}
+
+impl Extent {
+    /// The rounds, numbered for people.
+    pub fn rounds(self) -> std::ops::RangeInclusive<usize> {
+        1..=if self == Self::Once { 1 } else { 3 }
+    }
+}
+
+/// A guest with PostgreSQL under load, registered as `db1` through two gates, with one snapshot.
+pub struct Ordeal {
+    /// The guest.
+    pub guest: Guest,
+    /// The host.
+    pub stillpoint: Stillpoint,
+    /// In front of QEMU's monitor.
+    pub monitor: Gate,
+    /// In front of the agent's channel.
+    pub agent: Gate,
+    extent: Extent,
+    untouched: Vec<String>,
+    kept: usize,
+    deaths: usize,
+    /// Of guests before this one, with the disks that it uses.
+    folders: Vec<tempfile::TempDir>,
+}
+
+impl Ordeal {
+    /// Boots the guest, puts it to work, and takes its first snapshot.
+    ///
+    /// # Panics
+    /// If that fails.
+    #[track_caller]
+    pub fn begin(builder: GuestBuilder, stillpoint: Stillpoint, extent: Extent) -> Self {
+        let guest = builder.lifetime(LIFETIME).start().expect("QEMU starts");
+        println!("our agent after {:.1?}", guest.agent_ready(LIMIT));
+        guest.booted(LIMIT);
+        println!("PostgreSQL after {:.1?}", guest.postgresql_ready(LIMIT));
+        guest.start_load();
+        let gate = |socket| Gate::before(socket, guest.folder()).expect("a gate");
+        let (monitor, agent) = (gate(&guest.qmp_socket()), gate(&guest.agent_socket()));
+        // A VM of that name that runs no more may be registered.
+        let _removed = stillpoint.run(&["vm", "remove", "db1"]).map(|ended| ended.code());
+        stillpoint.register("db1", monitor.socket(), Some(agent.socket())).expect("registered");
+        let kept = stillpoint.must(&["snapshots"])["snapshots"].as_array().map_or(0, Vec::len);
+        let mut ordeal = Self {
+            guest,
+            stillpoint,
+            monitor,
+            agent,
+            extent,
+            untouched: vec![],
+            kept,
+            deaths: 0,
+            folders: vec![],
+        };
+        ordeal.is_well();
+        let first = ordeal.stillpoint.must(&["snapshot", "db1"]);
+        assert_eq!(first["level"], "application", "{first}");
+        ordeal.kept += 1;
+        ordeal.untouched = ordeal.guest.block_graph().shape();
+        ordeal
+    }
+
+    /// Starts a run whose freeze has a lease of so many seconds.
+    ///
+    /// # Panics
+    /// If the program does not start.
+    #[track_caller]
+    pub fn run(&self, lease_s: u32) -> Running {
+        let lease = lease_s.to_string();
+        self.stillpoint.start(&["snapshot", "db1", "--lease", &lease]).expect("it starts")
+    }
+
+    /// Waits until a gate holds what it was told to.
+    ///
+    /// # Panics
+    /// If the run ends before.
+    #[track_caller]
+    pub fn come_to(&self, gate: &Gate, run: &mut Running) {
+        let began = Instant::now();
+        while !gate.wait(Duration::from_millis(50)) {
+            assert!(!run.has_ended(), "the run ended before it came to that step");
+            assert!(began.elapsed() < STEP_LIMIT, "the run does not come to that step");
+        }
+    }
+
+    /// Keeps PostgreSQL from answering what a worker reads once its checkpoint before the freeze is done: the run stands
+    /// between its first quiesce and its freeze, until [`Ordeal::release_quiesce`] or the quiesce's deadline.
+    ///
+    /// # Panics
+    /// If PostgreSQL does not let us.
+    #[track_caller]
+    pub fn hold_quiesce(&self) {
+        let keep = "set allow_system_table_mods = on; set application_name = 'keeper'; begin; \
+                    alter view pg_prepared_xacts set (security_barrier = true); select pg_sleep(300)";
+        // A view belongs to one database: that of the worker's session.
+        self.guest.start(&crate::commands::psql("postgres", keep));
+        self.until("the keeper sleeps", || {
+            self.guest.sql("select count(*) from pg_stat_activity where application_name = 'keeper' and wait_event = 'PgSleep'") == "1"
+        });
+    }
+
+    /// Waits until the run stands there.
+    ///
+    /// # Panics
+    /// If it does not come so far.
+    #[track_caller]
+    pub fn come_to_quiesce(&self) {
+        self.until("the quiesce", || {
+            self.guest.sql(&format!("{OUR_SESSIONS} and wait_event_type = 'Lock'")) == "1"
+        });
+    }
+
+    /// Lets PostgreSQL answer again.
+    ///
+    /// # Panics
+    /// If it does not.
+    #[track_caller]
+    pub fn release_quiesce(&self) {
+        self.guest
+            .sql("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'keeper'");
+    }
+
+    /// Carries out a deed in the guest, and answers how long afterwards, by the guest's own clock, both of its file
+    /// systems could be written to.
+    ///
+    /// # Panics
+    /// If the deed fails, or the guest does not answer.
+    #[track_caller]
+    fn writable_after(&self, deed: &str) -> Duration {
+        let command = format!(
+            "read begin rest </proc/uptime; {{ {deed}; }} || exit 9; echo x >/var/tmp/probe && \
+             echo x >/var/lib/postgresql/probe && read end rest </proc/uptime && echo $begin $end"
+        );
+        let said = self.guest.exec(&command).success();
+        let times: Vec<f64> = said.split_whitespace().filter_map(|time| time.parse().ok()).collect();
+        let [begin, end] = times[..] else { panic!("{said}") };
+        Duration::from_secs_f64((end - begin).max(0.0))
+    }
+
+    /// Asserts that a deed leaves no file system frozen for longer than `limit`; waits for it.
+    ///
+    /// # Panics
+    /// If it does.
+    #[track_caller]
+    pub fn thaws_within(&self, limit: Duration, deed: &str) {
+        let frozen = self.writable_after(deed);
+        println!("   writable {frozen:.2?} later, of {limit:?} at most");
+        assert!(frozen <= limit, "frozen for {frozen:?}, and {limit:?} is promised");
+    }
+
+    /// Its owner pauses the VM.
+    ///
+    /// # Panics
+    /// If QEMU does not answer.
+    #[track_caller]
+    pub fn pause(&self) {
+        self.tell_qemu("stop");
+    }
+
+    /// Its owner lets the VM go on.
+    ///
+    /// # Panics
+    /// If QEMU does not answer.
+    #[track_caller]
+    pub fn go_on(&self) {
+        self.tell_qemu("cont");
+    }
+
+    fn tell_qemu(&self, command: &str) {
+        let monitor = Monitor::connect(&self.guest.second_qmp_socket(), LIMIT);
+        let told = monitor.and_then(|mut monitor| monitor.run_raw(command, &json!({}), LIMIT));
+        told.expect("QEMU answers");
+    }
+
+    /// A host that knows no ids and gives its freeze up in the quiesce: it syncs, thaws, and is answered.
+    ///
+    /// # Panics
+    /// If it is not, or the thaw waits for the quiesce.
+    #[track_caller]
+    pub fn impatient_host(&self) {
+        let mut stream = UnixStream::connect(self.guest.agent_socket()).expect("QEMU listens");
+        stream.set_read_timeout(Some(STEP_LIMIT)).expect("a time limit");
+        let mut say = |text: &str| stream.write_all(text.as_bytes()).expect("QEMU reads");
+        say("{\"execute\":\"guest-fsfreeze-freeze\"}\n");
+        self.come_to_quiesce();
+        let asked = Instant::now();
+        say(
+            "{\"execute\":\"guest-sync\",\"arguments\":{\"id\":77}}\n{\"execute\":\"guest-fsfreeze-thaw\"}\n",
+        );
+        let mut lines = BufReader::new(&stream).lines().map(|line| line.expect("the agent answers"));
+        while lines.next().expect("an answer to the sync") != "{\"return\": 77}" {}
+        let thawed = lines.next().expect("an answer to the thaw");
+        println!("   {thawed} after {:.1?}", asked.elapsed());
+        assert!(thawed.starts_with("{\"return\": "), "{thawed}");
+    }
+
+    /// Ends QEMU as a crash would.
+    ///
+    /// # Panics
+    /// If it has ended already.
+    #[track_caller]
+    pub fn kill_qemu(&self) {
+        let pid = i32::try_from(self.guest.pid()).ok().and_then(rustix::process::Pid::from_raw);
+        rustix::process::kill_process(pid.expect("a pid"), rustix::process::Signal::KILL).expect("it runs");
+    }
+
+    /// Boots the guest again from its disks, puts it to work, and takes a snapshot.
+    ///
+    /// # Panics
+    /// If that fails.
+    #[track_caller]
+    #[must_use]
+    pub fn boot_again(self) -> Self {
+        let Self { guest, stillpoint, extent, folders: mut disks_of, .. } = self;
+        let (folder, disks) = guest.kill();
+        disks_of.push(folder);
+        let mut ordeal = Self::begin(Guest::builder().disks(disks), stillpoint, extent);
+        ordeal.folders = disks_of;
+        ordeal
+    }
+
+    /// Waits for the end of a run that has to leave a snapshot, worth no more than `most`, and nothing else.
+    ///
+    /// # Panics
+    /// If it leaves none, claims more, or leaves something in QEMU.
+    #[track_caller]
+    pub fn is_worth_at_most(&mut self, run: Running, most: &str) -> Value {
+        let began = Instant::now();
+        let taken = run.wait().and_then(Ended::success).expect("a snapshot");
+        let level = taken["level"].as_str().unwrap_or_default();
+        let codes: Vec<&str> = reasons(&taken).collect();
+        println!("   {level} after {:.1?}, because {}", began.elapsed(), codes.join(", "));
+        let rank = |level: &str| LEVELS.iter().position(|known| *known == level);
+        assert!(rank(level).is_some() && rank(level) <= rank(most), "worth {most} at most: {taken}");
+        self.kept += 1;
+        taken
+    }
+
+    /// Asserts that writers and commits go on, and that PostgreSQL holds nothing of ours.
+    ///
+    /// # Panics
+    /// If one stands still, or something is left.
+    #[track_caller]
+    fn is_well(&self) {
+        self.guest.writes_go_on(LIMIT);
+        let next = self.guest.acks().highest('c') + 5;
+        assert!(self.guest.acks().wait_for('c', next, STEP_LIMIT), "commits stand still");
+        let began = Instant::now();
+        while self.guest.sql(OUR_SESSIONS) != "0" {
+            assert!(
+                began.elapsed() < SESSION_LIMIT,
+                "a session of ours is left: {}",
+                self.guest.sql("select * from pg_stat_activity where application_name = 'stillpoint'")
+            );
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        self.guest.exec("test ! -e /var/lib/postgresql/15/main/backup_label").success();
+    }
+
+    /// A death is over: all is well, and a run that follows is whole.
+    ///
+    /// # Panics
+    /// If not.
+    #[track_caller]
+    pub fn is_over(&mut self) {
+        self.is_well();
+        self.deaths += 1;
+        if self.extent == Extent::ThreeTimes || self.deaths.is_multiple_of(4) {
+            self.next_run_is_whole();
+        }
+    }
+
+    /// A round of deaths is over: the next run is whole, and all that is stored is sound.
+    ///
+    /// # Panics
+    /// If not.
+    #[track_caller]
+    pub fn has_passed(&mut self) {
+        self.next_run_is_whole();
+        self.verify();
+    }
+
+    /// Takes a snapshot, which has to be application-consistent, and leave QEMU as the first one did.
+    ///
+    /// # Panics
+    /// If it is not, or does not.
+    #[track_caller]
+    fn next_run_is_whole(&mut self) {
+        let taken = self.stillpoint.must(&["snapshot", "db1"]);
+        assert_eq!(taken["level"], "application", "{taken}");
+        self.kept += 1;
+        self.is_untouched();
+    }
+
+    /// Asserts that QEMU's block layer is as after the first snapshot.
+    ///
+    /// # Panics
+    /// If it is not.
+    #[track_caller]
+    pub fn is_untouched(&self) {
+        assert_eq!(self.guest.block_graph().shape(), self.untouched);
+    }
+
+    /// Asserts that there are as many snapshots as there should be, all of them sound.
+    ///
+    /// # Panics
+    /// If not.
+    #[track_caller]
+    fn verify(&self) {
+        self.stillpoint.assert_sound(self.kept);
+    }
+
+    /// A run that died may have sealed its snapshot just before: counts what is there, which must be the same or one more.
+    ///
+    /// # Panics
+    /// If it is neither.
+    #[track_caller]
+    pub fn count_again(&mut self) {
+        let manifests = std::fs::read_dir(self.stillpoint.repository().join("manifests")).expect("a folder");
+        // One that was being written has another name until it is complete.
+        let complete = |name: &std::ffi::OsString| !name.to_string_lossy().contains('#');
+        let stored = manifests.filter_map(|entry| Some(entry.ok()?.file_name())).filter(complete).count();
+        assert!(stored == self.kept || stored == self.kept + 1, "{stored} of {}", self.kept);
+        self.kept = stored;
+    }
+
+    #[track_caller]
+    fn until(&self, what: &str, mut done: impl FnMut() -> bool) {
+        let began = Instant::now();
+        while !done() {
+            assert!(began.elapsed() < STEP_LIMIT, "waited in vain for {what}\n{}", self.guest.serial_tail());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// The codes of the reasons in what a run printed.
+fn reasons(taken: &Value) -> impl Iterator<Item = &str> {
+    taken["reasons"].as_array().into_iter().flatten().filter_map(|reason| reason["code"].as_str())
+}
