@@ -12,6 +12,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+/// On a tmpfs that any user may write to: noting down a stall waits for no disk.
+const STALLS: &str = "/dev/shm/stalls";
+
 /// Which agent answers on the guest's agent port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Agent {
@@ -53,6 +56,7 @@ pub struct GuestBuilder {
     vcpus: u32,
     append: String,
     arguments: Vec<String>,
+    older_agent: Option<PathBuf>,
     lifetime: Duration,
 }
 
@@ -121,6 +125,13 @@ impl GuestBuilder {
         self
     }
 
+    /// Another build of our agent, delivered beside it for [`Guest::run_agent`].
+    #[must_use]
+    pub fn older_agent(mut self, program: Option<PathBuf>) -> Self {
+        self.older_agent = program;
+        self
+    }
+
     /// When QEMU is killed whatever the test does; 15 minutes unless said.
     #[must_use]
     pub fn lifetime(mut self, lifetime: Duration) -> Self {
@@ -144,7 +155,7 @@ impl GuestBuilder {
             ],
         };
         let initrd = folder.path().join("initrd.img");
-        write_initrd(image, self.agent, self.init, &initrd)?;
+        write_initrd(image, self.agent, self.init, self.older_agent.as_deref(), &initrd)?;
         let agent = match self.agent {
             Agent::Ours => "ours",
             Agent::Stock => "stock",
@@ -181,7 +192,13 @@ impl GuestBuilder {
 }
 
 /// The image's own initrd, and behind it the programs of this checkout.
-fn write_initrd(image: &Image, agent: Agent, init: Init, path: &Path) -> io::Result<()> {
+fn write_initrd(
+    image: &Image,
+    agent: Agent,
+    init: Init,
+    older: Option<&Path>,
+    path: &Path,
+) -> io::Result<()> {
     std::fs::copy(image.initrd(), path)?;
     let mut file = std::fs::OpenOptions::new().append(true).open(path)?;
     let mut overlay = crate::overlay::Overlay::with_folder("stillpoint");
@@ -194,6 +211,10 @@ fn write_initrd(image: &Image, agent: Agent, init: Init, path: &Path) -> io::Res
                 overlay.add_file(&format!("stillpoint/{name}"), &std::fs::read(packaged)?);
             }
         }
+    }
+    if let Some(older) = older {
+        overlay.add_program("stillpoint/agent-older", &std::fs::read(older)?);
+        overlay.add_program("stillpoint/agent-today", &std::fs::read(image.agent())?);
     }
     overlay.finish(&mut file)
 }
@@ -227,6 +248,7 @@ impl Guest {
             vcpus: 1,
             append: String::new(),
             arguments: Vec::new(),
+            older_agent: None,
             lifetime: Duration::from_secs(15 * 60),
         }
     }
@@ -381,6 +403,50 @@ impl Guest {
             "exec {AS_POSTGRES} /usr/lib/postgresql/15/bin/pgbench --no-vacuum --client={clients} --time={seconds} bench \
              >/run/pgbench.log 2>&1"
         ));
+    }
+
+    /// Starts the load that writes down how long its fsyncs (`f` on the data disk's xfs, `r` on the root's ext4) and its
+    /// commits (`c`) take, beside a writer that overwrites `dirty_mib_per_s` of the data disk at random and syncs nothing.
+    pub fn start_measured_load(&self, dirty_mib_per_s: u32) {
+        self.start(&format!(
+            "exec {AS_POSTGRES} /run/stillpoint/load --stalls {STALLS} --commits bench --syncs f=/var/lib/postgresql/synced \
+             --syncs r=/var/tmp/synced --dirty {dirty_mib_per_s}=/var/lib/postgresql/dirtied >/run/load.log 2>&1"
+        ));
+    }
+
+    /// What that load wrote down so far: letter, beginning (guest's clock) and duration in nanoseconds, a line each.
+    ///
+    /// # Panics
+    /// If there is nothing.
+    #[must_use]
+    pub fn stalls(&self) -> String {
+        self.exec(&format!("cat {STALLS} || cat /run/load.log")).success()
+    }
+
+    /// Lends the connection to the stock agent that the tests use: it can freeze the guest as well as run commands.
+    ///
+    /// # Errors
+    /// What `action` failed with.
+    pub fn with_stock_agent<T>(
+        &self,
+        action: impl FnOnce(&mut vm::agent::Agent) -> Result<T, vm::agent::AgentError>,
+    ) -> Result<T, vm::agent::AgentError> {
+        self.harness.with_agent(harness::ANSWER_TIME_MAX, action)
+    }
+
+    /// Has the guest go on with one build of our agent: today's, or the one given to [`GuestBuilder::older_agent`].
+    ///
+    /// # Panics
+    /// If it does not answer soon.
+    pub fn run_agent(&self, older: bool) {
+        let build = if older { "agent-older" } else { "agent-today" };
+        // Renamed over the running one, which cannot be written to; init starts it again when it has ended.
+        let swap = format!(
+            "cd /run/stillpoint && busybox cp {build} next && busybox mv next stillpoint-agent && \
+             busybox killall stillpoint-agent"
+        );
+        self.exec(&swap).success();
+        self.agent_ready(Duration::from_secs(60));
     }
 
     /// Ends the load and pgbench.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use vm::agent::{Agent, AgentError};
 
 /// An emulated guest on a busy machine may take as long over one answer, and is still well.
-const ANSWER_TIME_MAX: Duration = Duration::from_secs(60);
+pub(crate) const ANSWER_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// What a command in the guest left behind.
 #[derive(Clone, Debug)]
@@ -70,7 +70,7 @@ impl Harness {
         })
     }
 
-    fn with_agent<T>(
+    pub(crate) fn with_agent<T>(
         &self,
         limit: Duration,
         action: impl FnOnce(&mut Agent) -> Result<T, AgentError>,

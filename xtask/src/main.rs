@@ -20,7 +20,7 @@ cargo xtask COMMAND
   test           check, unit tests, the guest image, tests in real guests: what CI runs
   test-long      test, and what takes longer than a change should wait for
   demo           a working guest, its snapshots, and the proof [--sabotage no-freeze|drop-frame]
-  bench          figures: increment, full; without a name, both
+  bench          figures: increment, full (without a name both), stall [SNAPSHOTS]
   guest          builds image, agent and load if needed; prints where they are
   guest-image    builds the guest image, if this recipe's is not there yet
   later-qemu     fetches a QEMU later than Debian 12's, if it is not there yet; prints the folder of its programs
@@ -123,14 +123,17 @@ fn demo(arguments: &[String]) -> Result<(), String> {
     Ok(())
 }
 
-/// Runs the bench, which needs a QEMU but no guest, on programs as they are delivered.
+/// Runs the bench on programs as they are delivered. Only `stall` needs a guest.
 fn bench(arguments: &[String]) -> Result<(), String> {
     let mut stages = Stages::new();
     stages.run("setup", setup::setup)?;
+    let stalls = arguments.first().is_some_and(|name| name == "stall");
+    let parts = stalls.then(|| stages.run("guest image, agent and load", guest::parts)).transpose()?;
     stages.run("build", || cargo(&["build", "--release", "--quiet", "--package", "cli"]).run())?;
     stages.run("bench", || {
         let program = ["run", "--release", "--quiet", "--package", "vm-tests", "--bin", "bench", "--"];
-        arguments.iter().fold(cargo(&program), |command, argument| command.arg(argument)).run()
+        let command = arguments.iter().fold(cargo(&program), |command, argument| command.arg(argument));
+        parts.iter().fold(command, |command, parts| command.env("STILLPOINT_GUEST", &parts.to_string())).run()
     })?;
     stages.report();
     Ok(())

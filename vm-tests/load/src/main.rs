@@ -1,6 +1,7 @@
 //! The load in a guest: numbered commits and numbered writes, each acknowledged to the host as it happens.
 //!
 //! `load --acks PORT [--commits DATABASE] [--writes LETTER=FILE]… [--pause-us N]`
+//! `load --stalls FILE [--commits DATABASE] [--syncs LETTER=FILE]… [--dirty MIB_PER_S=FILE] [--pause-us N]`
 //!
 //! * `--commits`: one client of PostgreSQL that inserts rows 1, 2, 3 … into table `commits`, each a transaction of its own,
 //!   and sends `c N` only after the server has acknowledged the commit of row N.
@@ -9,13 +10,20 @@
 //!
 //! Both go on where an earlier run ended. `load --count FILE` prints how many records FILE holds from its start without a gap.
 //!
+//! With `--stalls` nothing is acknowledged; FILE gets a line for each commit (`c`) and each block that `--syncs` wrote and
+//! synced, with the time that it took. `--dirty` overwrites pages of another file at random without syncing them (`d`: bytes
+//! in a second).
+//!
 //! One program for all, as the kernel lets one process open a virtio port at a time.
 
+mod stalls;
+
+use stalls::Log;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// One record: the number in 15 digits and a newline.
 const RECORD_BYTES: usize = 16;
@@ -36,19 +44,25 @@ fn main() -> ExitCode {
     }
 }
 
+type Work = Box<dyn FnOnce() -> Result<(), String> + Send>;
+
 fn run(mut arguments: impl Iterator<Item = String>) -> Result<(), String> {
-    let (mut acks, mut commits, mut writes, mut pause_us) = (None, None, Vec::new(), PAUSE_US_DEFAULT);
+    let (mut acks, mut stalls, mut commits, mut dirty) = (None, None, None, None);
+    let (mut writes, mut syncs, mut pause_us) = (Vec::new(), Vec::new(), PAUSE_US_DEFAULT);
     while let Some(argument) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{argument} needs a value"))?;
         match argument.as_str() {
             "--acks" => acks = Some(value),
+            "--stalls" => stalls = Some(value),
             "--commits" => commits = Some(value),
-            "--writes" => match value.split_once('=') {
-                Some((letter, file)) if letter.len() == 1 => {
-                    writes.push((letter.to_owned(), file.to_owned()))
-                }
-                _ => return Err(format!("--writes LETTER=FILE, not {value}")),
-            },
+            "--writes" => writes.push(lettered(&argument, &value)?),
+            "--syncs" => syncs.push(lettered(&argument, &value)?),
+            "--dirty" => {
+                let parts = value.split_once('=').and_then(|(rate, file)| Some((rate.parse().ok()?, file)));
+                let (rate, file): (u64, &str) =
+                    parts.ok_or_else(|| format!("--dirty MIB_PER_S=FILE, not {value}"))?;
+                dirty = Some((rate, file.to_owned()));
+            }
             "--pause-us" => pause_us = value.parse().map_err(|_| format!("--pause-us N, not {value}"))?,
             "--count" => {
                 println!("{}", count(&value).map_err(|error| format!("{value}: {error}"))?);
@@ -57,25 +71,59 @@ fn run(mut arguments: impl Iterator<Item = String>) -> Result<(), String> {
             _ => return Err(format!("unknown argument {argument}")),
         }
     }
-    let acks = acks.ok_or("--acks PORT is needed")?;
-    let port = OpenOptions::new().write(true).open(&acks).map_err(|error| format!("{acks}: {error}"))?;
-    let port: Port = Arc::new(Mutex::new(port));
     let pause = Duration::from_micros(pause_us);
-    let mut threads = Vec::new();
-    for (letter, file) in writes {
-        let port = Arc::clone(&port);
-        threads.push(std::thread::spawn(move || {
-            write_records(&file, &letter, &port, pause).map_err(|error| format!("{file}: {error}"))
-        }));
-    }
-    if let Some(database) = commits {
-        threads.push(std::thread::spawn(move || commit_rows(&database, &port, pause)));
+    let mut works: Vec<Work> = Vec::new();
+    match (acks, stalls) {
+        (Some(acks), None) => {
+            let port =
+                OpenOptions::new().write(true).open(&acks).map_err(|error| format!("{acks}: {error}"))?;
+            let port: Port = Arc::new(Mutex::new(port));
+            for (letter, file) in writes {
+                let port = Arc::clone(&port);
+                works.push(Box::new(move || {
+                    write_records(&file, &letter, &port, pause).map_err(|error| format!("{file}: {error}"))
+                }));
+            }
+            if let Some(database) = commits {
+                let tell = move |number, _began| acknowledge(&port, "c", number);
+                works.push(Box::new(move || commit_rows(&database, tell, pause)));
+            }
+        }
+        (None, Some(stalls)) => {
+            let log = Log::create(&stalls).map_err(|error| format!("{stalls}: {error}"))?;
+            for (letter, file) in syncs {
+                let log = log.clone();
+                works.push(Box::new(move || {
+                    stalls::sync_blocks(&file, &letter, &log, pause)
+                        .map_err(|error| format!("{file}: {error}"))
+                }));
+            }
+            if let Some((rate, file)) = dirty {
+                let log = log.clone();
+                works.push(Box::new(move || {
+                    stalls::dirty_pages(&file, "d", &log, rate).map_err(|error| format!("{file}: {error}"))
+                }));
+            }
+            if let Some(database) = commits {
+                let tell = move |_number, began| log.note("c", began);
+                works.push(Box::new(move || commit_rows(&database, tell, pause)));
+            }
+        }
+        _ => return Err("--acks PORT or --stalls FILE is needed".to_owned()),
     }
     // Each runs until it fails; the first to be joined that did ends the program.
+    let threads: Vec<_> = works.into_iter().map(std::thread::spawn).collect();
     for thread in threads {
         thread.join().map_err(|_| "a thread of the load panicked".to_owned())??;
     }
     Ok(())
+}
+
+fn lettered(argument: &str, value: &str) -> Result<(String, String), String> {
+    match value.split_once('=') {
+        Some((letter, file)) if letter.len() == 1 => Ok((letter.to_owned(), file.to_owned())),
+        _ => Err(format!("{argument} LETTER=FILE, not {value}")),
+    }
 }
 
 /// One write for one line: the kernel does not mix two, and the host reads whole lines.
@@ -83,7 +131,12 @@ fn acknowledge(port: &Port, letter: &str, number: u64) -> io::Result<()> {
     port.lock().unwrap_or_else(PoisonError::into_inner).write_all(format!("{letter} {number}\n").as_bytes())
 }
 
-fn commit_rows(database: &str, port: &Port, pause: Duration) -> Result<(), String> {
+/// `tell` gets each row's number and the time at which its insert was sent, once its commit was acknowledged.
+fn commit_rows(
+    database: &str,
+    tell: impl Fn(u64, Instant) -> io::Result<()>,
+    pause: Duration,
+) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -104,9 +157,10 @@ fn commit_rows(database: &str, port: &Port, pause: Duration) -> Result<(), Strin
         let insert = client.prepare("insert into commits (number) values ($1)").await.map_err(postgresql)?;
         let first = row.get::<_, i64>(0) + 1;
         for number in first.. {
+            let began = Instant::now();
             // Outside a transaction block, the answer to an insert is the answer to its commit.
             client.execute(&insert, &[&number]).await.map_err(postgresql)?;
-            acknowledge(port, "c", number.unsigned_abs()).map_err(|error| format!("acks: {error}"))?;
+            tell(number.unsigned_abs(), began).map_err(|error| format!("commits: {error}"))?;
             tokio::time::sleep(pause).await;
         }
         Ok(())

@@ -1,7 +1,8 @@
 //! `cargo xtask bench`: what snapshots cost, beside what others cost on the same disk in the same run.
 //!
-//! The VM is a real QEMU whose virtual CPU stays at reset: no guest runs, so that QEMU's CPU seconds are those of its
-//! block layer alone. The disk is written through the guest's device by the monitor's `qemu-io`.
+//! For `increment` and `full` the VM is a real QEMU whose virtual CPU stays at reset: no guest runs, so that QEMU's CPU
+//! seconds are those of its block layer alone. The disk is written through the guest's device by the monitor's `qemu-io`.
+//! `stall` is about a guest at work.
 
 mod cost;
 mod data;
@@ -9,6 +10,7 @@ mod full;
 mod idle_vm;
 mod increment;
 mod ours;
+mod stall;
 
 use std::process::ExitCode;
 
@@ -18,11 +20,17 @@ fn main() -> ExitCode {
     let done = match words[..] {
         ["increment"] => increment::run(),
         ["full"] => full::run(),
-        [] => increment::run().and_then(|()| full::run()),
-        _ => {
-            eprintln!("bench [increment|full], not {}", words.join(" "));
-            return ExitCode::from(2);
+        ["stall", ref numbers @ ..] => {
+            let numbers: Result<Vec<u32>, _> = numbers.iter().map(|number| number.parse()).collect();
+            match numbers.as_deref() {
+                Ok([]) => stall::run(stall::SNAPSHOTS, stall::DIRTY_MIB_PER_S),
+                Ok([snapshots @ 1..=1000]) => stall::run(*snapshots, stall::DIRTY_MIB_PER_S),
+                Ok([snapshots @ 1..=1000, dirty @ 1..=4000]) => stall::run(*snapshots, *dirty),
+                _ => return usage(&words),
+            }
         }
+        [] => increment::run().and_then(|()| full::run()),
+        _ => return usage(&words),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -31,4 +39,9 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn usage(words: &[&str]) -> ExitCode {
+    eprintln!("bench [increment | full | stall [SNAPSHOTS [MIB_PER_S]]], not {}", words.join(" "));
+    ExitCode::from(2)
 }
