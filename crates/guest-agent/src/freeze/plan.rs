@@ -272,19 +272,33 @@ impl Below<'_> {
     }
 }
 
-/// A step for each superblock: after everything that lies on it, and the root folder's after its equals.
+impl Superblock {
+    /// It lies on real disks alone: its FIFREEZE waits for the kernel and for hardware, and for nobody who might want to
+    /// write to another file system first.
+    fn is_on_hardware(&self) -> bool {
+        self.lies_on.is_empty() && !self.disks.is_empty() && self.disks.iter().all(|disk| disk.pci.is_some())
+    }
+}
+
+/// A step for each superblock: after everything that lies on it, and the root folder's after its equals. Those on hardware
+/// freeze together with the root folder's: each of them then waits for the slowest of them, and not for their sum.
 fn steps(superblocks: &[Superblock], reasons: &mut Vec<Reason>) -> Vec<usize> {
     let index: BTreeMap<DeviceNumber, usize> =
         superblocks.iter().enumerate().map(|(at, s)| (s.device, at)).collect();
     let root = superblocks.iter().position(Superblock::is_root);
-    // Root waits for all that do not carry it: they count as lying on it.
+    // Root waits for those that do not carry it and may need a program (a disk over the network, for example), which
+    // may need the root: they count as lying on it.
     let carries_root = root.map(|root| carriers(superblocks, &index, root)).unwrap_or_default();
+    let beside_root: Vec<usize> = (0..superblocks.len())
+        .filter(|at| superblocks[*at].is_on_hardware() && !carries_root.contains(at))
+        .collect();
     let below = |at: usize| -> Vec<usize> {
         let mut below: Vec<usize> =
             superblocks[at].lies_on.iter().filter_map(|device| index.get(device).copied()).collect();
         if let Some(root) = root
             && at != root
             && !carries_root.contains(&at)
+            && !beside_root.contains(&at)
         {
             below.push(root);
         }
@@ -307,6 +321,12 @@ fn steps(superblocks: &[Superblock], reasons: &mut Vec<Reason>) -> Vec<usize> {
         }
         if round == superblocks.len() {
             reasons.push(Reason::new("stacking_ring", "", "file systems lie on one another in a ring"));
+        }
+    }
+    if let Some(root) = root {
+        // Nothing that they lie on could be frozen before them, so they may wait for their turn.
+        for at in beside_root {
+            step[at] = step[at].max(step[root]);
         }
     }
     // Rings leave numbers with gaps; make them dense.
@@ -369,7 +389,10 @@ mod tests {
                 "slaves" => block.below = part[2].split(',').map(number).collect(),
                 "loop-on" => block.backing = Some(Backing::Device(number(part[2]))),
                 "loop-file" => block.backing = Some(Backing::Path(part[2].into())),
-                "disk" => block.disk = Some(GuestDisk { name: part[2].to_owned(), ..GuestDisk::default() }),
+                "disk" => {
+                    let pci = part.get(3).map(|address| (*address).to_owned());
+                    block.disk = Some(GuestDisk { name: part[2].to_owned(), pci, ..GuestDisk::default() });
+                }
                 "member-of" => {
                     let at = number(part[0]);
                     facts.members.entry(number(part[2])).or_default().push(at);
@@ -396,6 +419,23 @@ mod tests {
     #[test]
     fn freezes_the_root_file_system_last() {
         assert_eq!(order("8:1 / ext4; 8:2 /var xfs; 8:3 /srv ext4", ""), "/var /srv | /");
+    }
+
+    #[test]
+    fn what_lies_on_real_disks_freezes_together_with_the_root() {
+        let disks = "8:1 slaves 8:0; 8:0 disk vda 0000:00:02.0; 8:16 disk vdb 0000:00:03.0; 8:32 disk sdc";
+        assert_eq!(
+            order("8:1 / ext4; 8:16 /data xfs; 8:32 /over-the-network xfs", disks),
+            "/over-the-network | /data /"
+        );
+        let below = format!("{disks}; 7:0 loop-on 8:16");
+        assert_eq!(order("8:1 / ext4; 8:16 /data xfs; 7:0 /loop ext4", &below), "/loop | /data /");
+        let carried = format!("{disks}; 7:0 loop-on 8:16");
+        assert_eq!(order("7:0 / ext4; 8:16 /host xfs; 8:1 /data ext4", &carried), "/data / | /host");
+        assert_eq!(
+            order("8:1 / ext4; 253:0 /both xfs", &format!("{disks}; 253:0 slaves 8:16,8:32")),
+            "/both | /"
+        );
     }
 
     #[test]
