@@ -22,14 +22,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A flush round as quick as this needs no other after it.
+/// Before the freeze a flush round as quick as this needs no other after it.
 const ROUND_FAST: Duration = Duration::from_millis(50);
 /// Most flush rounds: a guest that dirties faster than it writes never converges.
-const ROUNDS_MAX: usize = 6;
+const ROUNDS_MAX: usize = 8;
+/// Before the quiesce a round as quick as this will do: what comes in while applications quiesce has to be flushed afterwards
+/// in any case, well within `LAST_FLUSH_MAX`, and each round is a time in which others wait for the disk.
+const FIRST_ROUND_FAST: Duration = Duration::from_secs(1);
 /// Longest time for the flush rounds between the quiesce and the freeze, while locks may be held.
 const LAST_FLUSH_MAX: Duration = Duration::from_secs(5);
-/// Longer than any flush round: the first one always counts as progress.
-const FLUSH_LONGEST: Duration = Duration::from_secs(1 << 20);
 /// Longest time for looking at other processes.
 const WRITERS_MAX: Duration = Duration::from_secs(2);
 /// How much later than its own limits allow a step of a run may end. One that is later hangs, and the guard ends the
@@ -94,26 +95,20 @@ impl Run {
         Box::new(Stopped { refusal, report: self.evidence.report, cause })
     }
 
-    /// Flushes in rounds until one is fast, none gets faster, or another one would not end in time; answers how long
-    /// each superblock took in the last round.
-    fn flush(&mut self, deadline: Instant) -> Vec<Option<Duration>> {
+    /// Flushes in rounds until one is fast, they have settled, or another one would not end in time; answers how long each
+    /// superblock took in the last round.
+    fn flush(&mut self, fast: Duration, deadline: Instant) -> Vec<Option<Duration>> {
         let mut last = vec![Some(Duration::ZERO); self.held.len()];
-        let mut before = FLUSH_LONGEST;
+        let mut rounds = Rounds { fast, quickest: None };
         for _ in 0..ROUNDS_MAX {
             let begun = Instant::now();
             let shared = &self.shared;
             last = self.crew.flush(deadline, || shared.is_stopped());
             let took = begun.elapsed();
             self.evidence.report.flush_rounds_ms.push(ms(took));
-            let converges = took < before * 4 / 5;
-            if took <= ROUND_FAST
-                || !converges
-                || Instant::now() + took >= deadline
-                || self.shared.is_stopped()
-            {
+            if rounds.settled(took) || Instant::now() + took >= deadline || self.shared.is_stopped() {
                 break;
             }
-            before = took;
         }
         last
     }
@@ -127,6 +122,26 @@ impl Run {
             *slowest = (*slowest).max((*took)?);
         }
         Some(steps.values().sum())
+    }
+}
+
+/// Says when flush rounds have written out as much as they ever will.
+#[derive(Debug)]
+struct Rounds {
+    /// A round as quick as this needs no other after it.
+    fast: Duration,
+    quickest: Option<Duration>,
+}
+
+impl Rounds {
+    /// Whether a freeze after this round would be about as short as one after any later round.
+    ///
+    /// A round that took much longer than the quickest one had a burst of writes to write out, and as much came meanwhile: the
+    /// next round is worth its time, a freeze now would be a long one.
+    fn settled(&mut self, took: Duration) -> bool {
+        let quickest = self.quickest.replace(self.quickest.map_or(took, |quickest| quickest.min(took)));
+        let alike = |quickest: Duration| took >= quickest * 4 / 5 && took <= quickest * 5 / 4;
+        took <= self.fast || quickest.is_some_and(alike)
     }
 }
 
@@ -224,7 +239,7 @@ impl Prepared {
         }
         let shared = Arc::clone(shared);
         let mut run = Run { shared, order, record, applications, evidence, held, ledger, crew, guard };
-        run.flush(deadline.max(Instant::now() + ROUND_FAST));
+        run.flush(FIRST_ROUND_FAST, deadline.max(Instant::now() + ROUND_FAST));
         run.evidence.report.prepare_ms = ms(begun.elapsed());
         match run.shared.enter(State::Quiescing) {
             Ok(()) => Ok(Self { run }),
@@ -274,7 +289,7 @@ impl Quiesced {
         // qemu-ga's own freeze knows no budget, and a host that uses it cannot raise one.
         let allowed = if run.order.plain { u64::MAX } else { run.applications.budget_ms() };
         let budget = run.order.budget.min(Duration::from_millis(allowed));
-        let last = run.flush(Instant::now() + LAST_FLUSH_MAX);
+        let last = run.flush(ROUND_FAST, Instant::now() + LAST_FLUSH_MAX);
         match run.predicted(&last) {
             Some(predicted) if predicted <= budget => {}
             predicted => {
@@ -307,4 +322,33 @@ pub(super) fn aborted(why: Phase) -> Refusal {
         Phase::GuardGone => ("guard_died", "the guard process ended"),
     };
     Refusal { code, message: message.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How many of these rounds, in milliseconds, are flushed.
+    fn flushed(rounds_ms: &[u64]) -> usize {
+        let mut rounds = Rounds { fast: ROUND_FAST, quickest: None };
+        let settled = rounds_ms.iter().position(|ms| rounds.settled(Duration::from_millis(*ms)));
+        settled.map_or(rounds_ms.len() + 1, |at| at + 1)
+    }
+
+    #[test]
+    fn flush_rounds_end_with_a_fast_one() {
+        assert_eq!(flushed(&[40, 30]), 1);
+        assert_eq!(flushed(&[900, 300, 50, 40]), 3);
+    }
+
+    #[test]
+    fn flush_rounds_end_when_none_gets_faster() {
+        assert_eq!(flushed(&[300, 290, 280]), 2);
+        assert_eq!(flushed(&[1193, 671, 310, 300]), 4);
+    }
+
+    #[test]
+    fn a_freeze_does_not_begin_after_a_flush_round_that_met_a_burst_of_writes() {
+        assert_eq!(flushed(&[1193, 671, 310, 98, 475, 90]), 6);
+    }
 }
