@@ -13,6 +13,7 @@
 //! The socket's end is the agent's end.
 
 use super::crew::thaw_until_settled;
+use super::grace;
 use super::kernel::boottime_ns;
 use super::ledger::{Freeze, Ledger, Phase, Thaw};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -28,6 +29,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -303,6 +305,8 @@ fn watch(fds: &[RawFd]) -> io::Result<()> {
         if !armed && !said_ended && threads.iter().all(thread::JoinHandle::is_finished) {
             say(&line, ENDED);
             said_ended = true;
+            // An agent that lives does this itself, unless it hangs.
+            grace::undo(Path::new(grace::SWITCH), &ledger);
         }
         set_timer(&timer, next_look_ns(&ledger, armed, said_ended, agent_ended))?;
         if !spoken {
@@ -333,6 +337,7 @@ fn watch(fds: &[RawFd]) -> io::Result<()> {
         // A panic in one thread must not keep the others from being waited for.
         let _joined = thread.join().is_ok();
     }
+    grace::undo(Path::new(grace::SWITCH), &ledger);
     Ok(())
 }
 

@@ -32,6 +32,7 @@ enum Header {
     Phase,
     DeadlineNs,
     AgentDueNs,
+    ShortGrace,
 }
 
 /// Words of an entry.
@@ -274,6 +275,16 @@ impl Ledger {
     pub fn renew(&self, deadline_ns: u64) -> bool {
         self.header(Header::DeadlineNs).store(deadline_ns, SeqCst);
         self.phase() == Phase::Armed
+    }
+
+    /// Says that the machine's grace periods are about to be made short, or are as before.
+    pub fn note_short_grace(&self, short: bool) {
+        self.header(Header::ShortGrace).store(u64::from(short), SeqCst);
+    }
+
+    /// Whether grace periods may have been left short.
+    pub fn has_short_grace(&self) -> bool {
+        self.header(Header::ShortGrace).load(SeqCst) != 0
     }
 
     /// Number of the superblock.

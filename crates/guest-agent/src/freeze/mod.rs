@@ -9,6 +9,7 @@ pub mod crew;
 pub mod developer;
 pub mod facts;
 pub mod gather;
+pub mod grace;
 pub mod guard;
 pub mod kernel;
 pub mod ledger;

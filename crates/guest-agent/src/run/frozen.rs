@@ -4,6 +4,7 @@ use super::Refusal;
 use super::evidence::ms;
 use super::walk::{RESUME_MAX, Run, Stopped, aborted, expect_within};
 use crate::freeze::counters::{Counters, counters};
+use crate::freeze::grace::{self, ShortGrace};
 use crate::freeze::guard::Heard;
 use crate::freeze::kernel::boottime_ns;
 use crate::freeze::ledger::{Freeze, Phase};
@@ -11,6 +12,7 @@ use crate::logging;
 use guest_protocol::stillpoint::{FilesystemState, GuestReport, Reason, State, ThawCause};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -57,6 +59,8 @@ impl Frozen {
 
     fn freeze_all(&mut self, budget: Duration) -> Result<(), (Refusal, Phase)> {
         let run = self.run();
+        // Until all are frozen: a thaw waits for no grace period.
+        let _short = ShortGrace::begin(Path::new(grace::SWITCH), &run.ledger);
         let lease_ns = run.order.lease_ms.saturating_mul(1_000_000);
         run.ledger.renew(boottime_ns().saturating_add(lease_ns));
         // From here to the thaw the lease says when the agent is due.

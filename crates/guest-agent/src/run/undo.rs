@@ -6,6 +6,7 @@ use super::record::{Record, Records};
 use super::shared::Shared;
 use crate::freeze::facts::View;
 use crate::freeze::gather::Gatherer;
+use crate::freeze::grace;
 use crate::freeze::kernel::boottime_ns;
 use crate::freeze::ledger::{Ledger, Phase, Thaw};
 use crate::freeze::plan::{Plan, Superblock, plan};
@@ -13,6 +14,7 @@ use crate::freeze::reach::{mount_devices, reach};
 use crate::log;
 use guest_protocol::stillpoint::{GuestReport, Reason, State, ThawCause};
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -115,6 +117,7 @@ fn undo(record: &Record, ledger: &Arc<Ledger>) -> GuestReport {
         // One that panicked has not thawed, which the report shows.
         let _joined = thread.join().is_ok();
     }
+    grace::undo(Path::new(grace::SWITCH), ledger);
     report(record, ledger, superblocks, lost)
 }
 

@@ -241,7 +241,8 @@ fn install(build: &Build, program: &Path, to: &str) {
 /// The first process of the namespace: enters the root, makes sure of it, and plays the scene.
 pub(crate) fn inside(scene: &Scene, folder: &Path) {
     mount("proc", folder.join("proc"), "proc", MountFlags::empty(), c"").unwrap();
-    mount("sysfs", folder.join("sys"), "sysfs", MountFlags::empty(), c"").unwrap();
+    // The machine's own: what an agent could change there would be changed for everybody.
+    mount("sysfs", folder.join("sys"), "sysfs", MountFlags::RDONLY, c"").unwrap();
     std::env::set_current_dir(folder).unwrap();
     rustix::process::pivot_root(".", "old").unwrap();
     std::env::set_current_dir("/").unwrap();
