@@ -195,16 +195,17 @@ fn a_raw_disk_that_begins_as_a_qcow2_image_stays_what_it_is() {
     bare.write("d", 0xd1, 8 * MIB, MIB);
     let second = stillpoint.must(&["snapshot", "vm"]);
     assert_eq!(methods(&second), expect(&[("d", "bitmap")]));
+    let graph = || vm_tests::BlockGraph::of(&bare.second_qmp_socket()).expect("it answers");
+    let before = graph();
     assert_equal(&stillpoint, &second, &bare, &disks);
     let id = second["snapshot"].as_str().expect("an id");
     let qcow2 = stillpoint.path("restored.qcow2");
     stillpoint.must(&["restore", id, "--format", "qcow2", "--disk", &format!("d={}", qcow2.display())]);
     assert!(same(&qcow2, "qcow2", &bare.path("d.raw"), "raw"), "as qcow2");
-    let graph = vm_tests::BlockGraph::of(&bare.second_qmp_socket()).expect("it answers");
     assert_eq!(
-        (graph.count("raw"), graph.count("qcow2")),
+        (before.count("raw"), before.count("qcow2")),
         (1, 0),
-        "its own format is left as found: {graph:#?}"
+        "its own format is left as found: {before:#?}"
     );
 
     for id in [first["snapshot"].as_str().expect("an id"), id] {
@@ -230,4 +231,6 @@ fn a_raw_disk_that_begins_as_a_qcow2_image_stays_what_it_is() {
         assert_eq!(drivers, ["file", "nbd", "qcow2", "raw"], "{nodes}");
         assert!(!nodes.to_string().contains("secret"), "{nodes}");
     }
+    stillpoint.must(&["delete", first["snapshot"].as_str().expect("an id")]);
+    assert_eq!(graph(), before, "restores, twins and deletions leave the running VM alone");
 }

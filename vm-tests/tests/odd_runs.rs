@@ -3,7 +3,10 @@
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vm_tests::bare::{fill, image, same};
 use vm_tests::{Bare, BareDisk, BlockGraph, Ended, Running, Stillpoint};
@@ -278,4 +281,81 @@ fn a_vm_that_is_to_migrate_during_the_copy_stays_and_the_run_goes_on() {
     let next = stillpoint.must(&["snapshot", "vm"]);
     assert_holds(&stillpoint, &next, &other.path("slow.raw"), &other.path("fast.qcow2"));
     stillpoint.assert_sound(3);
+}
+
+/// A monitor's socket of the test's own before QEMU's, which can be cut off: it forwards one client after the other.
+struct Proxy {
+    path: PathBuf,
+    streams: Arc<Mutex<Vec<UnixStream>>>,
+}
+
+impl Proxy {
+    fn before(qmp: &Path, path: &Path) -> Self {
+        let listener = UnixListener::bind(path).expect("a socket");
+        let streams: Arc<Mutex<Vec<UnixStream>>> = Arc::default();
+        let (kept, qmp) = (Arc::clone(&streams), qmp.to_owned());
+        std::thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let Ok(server) = UnixStream::connect(&qmp) else { continue };
+                for (from, to) in [(&client, &server), (&server, &client)] {
+                    let [mut from, mut to] =
+                        [from, to].map(|stream| stream.try_clone().expect("a descriptor"));
+                    std::thread::spawn(move || {
+                        // Ends when either side does; the other is told.
+                        let _ended =
+                            std::io::copy(&mut from, &mut to).and_then(|_| to.shutdown(Shutdown::Both));
+                    });
+                }
+                kept.lock().expect("nobody panics with it").extend([client, server]);
+            }
+        });
+        Self { path: path.to_owned(), streams }
+    }
+
+    fn cut(&self) {
+        std::fs::remove_file(&self.path).expect("it is there");
+        for stream in self.streams.lock().expect("nobody panics with it").drain(..) {
+            // Fails only for one that has ended.
+            let _ended = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+#[test]
+fn a_monitor_that_vanishes_during_the_copy_costs_the_cleaning_up_which_the_next_run_does() {
+    let bare = Bare::start(images(), &disks(), &[]);
+    let stillpoint = Stillpoint::with_key_file().expect("a repository");
+    let proxy = Proxy::before(&bare.qmp_socket(), &bare.path("proxy"));
+    stillpoint.register("vm", &bare.path("proxy"), None).expect("registered");
+    let run = in_the_copy(&stillpoint, "vm");
+    copy(&bare.path("fast.qcow2"), &bare.path("before"));
+    bare.write("fast", 0xee, 0, 4 * MIB);
+    proxy.cut();
+    bare.unthrottle();
+    let ended = run.wait().expect("it ends");
+    println!("{}", ended.stderr.trim_end());
+    let graph = || BlockGraph::of(&bare.second_qmp_socket()).expect("it answers");
+    if ended.status.success() {
+        assert!(ended.stderr.starts_with("warning: the snapshot is complete"), "{}", ended.stderr);
+        assert_holds(&stillpoint, &ended.object, &bare.path("slow.raw"), &bare.path("before"));
+    } else {
+        ended.assert_refused(7, "vm");
+    }
+    assert_eq!(graph().count("-cbw"), 2, "what nobody could take out is still there");
+    bare.write("fast", 0xef, 0, 4 * MIB);
+
+    let gone = stillpoint.run(&["snapshot", "vm"]).expect("it ends");
+    gone.assert_refused(7, "cannot be connected to");
+    stillpoint.must(&["vm", "remove", "vm"]);
+    stillpoint.register("vm", &bare.qmp_socket(), None).expect("registered");
+    bare.write("slow", 0xf0, MIB, MIB);
+    let next = stillpoint.must(&["snapshot", "vm"]);
+    assert_holds(&stillpoint, &next, &bare.path("slow.raw"), &bare.path("fast.qcow2"));
+    let graph = graph();
+    assert_eq!(
+        (graph.count("-cbw"), graph.count("stillpoint-run"), graph.count("export")),
+        (0, 0, 0),
+        "{graph:#?}"
+    );
+    assert_eq!(files_in(&stillpoint.state().join("scratch")), 0);
 }

@@ -22,7 +22,7 @@ pub(crate) struct Claimed {
 pub(crate) fn connect(register: &Register, entry: &VmEntry) -> Result<Claimed, SnapshotError> {
     let lock = register.lock(&entry.name)?;
     // A monitor serves one client at a time: without this the other run would look like a monitor out of reach.
-    if let Some(other) = register.busy_namesake(entry)? {
+    if let Some(other) = register.busy_namesake(entry) {
         return Err(RegisterError::Busy(other).into());
     }
     let mut monitor = Monitor::connect(&entry.qmp, CONNECT_TIMEOUT)?;

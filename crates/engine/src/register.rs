@@ -176,20 +176,14 @@ impl Register {
     }
 
     /// Another name by which the same monitor is registered, and which a run works on now.
-    ///
-    /// # Errors
-    /// Those of the register.
-    pub(crate) fn busy_namesake(&self, entry: &VmEntry) -> Result<Option<String>, RegisterError> {
+    pub(crate) fn busy_namesake(&self, entry: &VmEntry) -> Option<String> {
         let place = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
-        let Some(ours) = place(&entry.qmp) else { return Ok(None) };
-        for other in self.list()?.into_iter().filter(|other| other.name != entry.name) {
-            if place(&other.qmp) == Some(ours)
-                && matches!(self.lock(&other.name), Err(RegisterError::Busy(_)))
-            {
-                return Ok(Some(other.name));
-            }
-        }
-        Ok(None)
+        let ours = place(&entry.qmp)?;
+        // An entry that cannot be read is another VM's trouble; the claim in QEMU decides in the end.
+        let others = self.list().unwrap_or_default().into_iter().filter(|other| other.name != entry.name);
+        let busy = |name: &str| matches!(self.lock(name), Err(RegisterError::Busy(_)));
+        let mut same = others.filter(|other| place(&other.qmp) == Some(ours));
+        same.find(|other| busy(&other.name)).map(|other| other.name)
     }
 
     fn path(&self, name: &str) -> Result<PathBuf, RegisterError> {

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 use vm::machine;
 use vm::monitor::{Monitor, MonitorError};
 use vm::point::{self, Outcome, Plan, Prepared, UndoError};
+use vm::unix::Peer;
 
 /// How long QEMU may take to end after it closed its monitor, and between two looks at that.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
@@ -423,13 +424,16 @@ impl Carrier<'_> {
         self.left = failed.or_else(|| noted.and(cleared).err().map(|e| e.to_string()));
     }
 
-    /// Whether the VM has ended: nobody listens at its monitor's socket any more. One that closed its monitor is given a
-    /// moment for it.
+    /// Whether the VM has ended: nobody listens at its monitor's socket any more, and who made it is gone. One that closed
+    /// its monitor is given a moment for it.
     fn ended(&self) -> bool {
         let gone = |kind| matches!(kind, io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
         let patience = Instant::now() + if self.hung_up { END_TIMEOUT } else { Duration::ZERO };
         loop {
-            if UnixStream::connect(&self.qmp).is_err_and(|error| gone(error.kind())) {
+            // Either alone may mislead: the socket's file may be removed, and a process may have made it for another.
+            if UnixStream::connect(&self.qmp).is_err_and(|error| gone(error.kind()))
+                && self.monitor.peer().is_none_or(Peer::has_ended)
+            {
                 return true;
             }
             if Instant::now() >= patience {

@@ -132,7 +132,7 @@ impl Twin {
             }
         }
         let log = File::create(files.log()).map_err(at(&files.log()))?;
-        let mut command = Command::new(qemu);
+        let mut command = Command::new(in_our_path(qemu));
         command.args(arguments).current_dir(files.folder()).env_clear();
         // QEMU looks for its own data beside its program; nothing else of our environment is its business.
         command.env("PATH", "/usr/bin:/bin").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
@@ -242,6 +242,16 @@ impl Drop for Twin {
         self.child.kill().ok();
         self.child.wait().ok();
     }
+}
+
+/// Where we would find a program that is named without a folder. QEMU gets another `PATH` than ours, and the standard
+/// library would look for its program there: another QEMU than the one that was probed and that made the overlays.
+fn in_our_path(program: &Path) -> PathBuf {
+    let named_only = program.components().count() == 1 && !program.is_absolute();
+    let folders = std::env::var_os("PATH").filter(|_| named_only).unwrap_or_default();
+    let found =
+        std::env::split_paths(&folders).map(|folder| folder.join(program)).find(|path| path.is_file());
+    found.unwrap_or_else(|| program.to_owned())
 }
 
 /// A twin does not outlive the thread that starts it, even if that is killed: nobody would know of it, and its disks are

@@ -72,3 +72,14 @@ pub struct Peer {
     /// Its group.
     pub gid: u32,
 }
+
+impl Peer {
+    /// Whether the process has ended; one that nobody has waited for yet has.
+    pub fn has_ended(self) -> bool {
+        // The state follows the name, which is in parentheses. Source: proc_pid_stat(5).
+        std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).map_or(true, |stat| {
+            stat.rsplit_once(')')
+                .is_some_and(|(_, rest)| matches!(rest.trim_start().chars().next(), Some('Z' | 'X')))
+        })
+    }
+}
