@@ -12,7 +12,8 @@ use vm::monitor::Monitor;
 /// QEMU needs a fraction of a second, on a machine with other things to do.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// How fast slow disks are read, in bytes a second: a minute for the images of a test.
+/// How fast slow disks are read, in bytes a second: most of a minute for the images of a test. Slower, and a reset, which waits
+/// for all reads that are under way, would take minutes.
 const SLOW_BYTES_PER_S: u64 = 256 << 10;
 
 /// A QEMU with virtio-blk disks, killed when dropped.

@@ -189,15 +189,12 @@ impl Guest {
             };
             match answer {
                 Ok(ended) => return ended,
-                // The agent is there and says no: it knows nothing of this run, so nothing of it is frozen. Or it has
-                // carried out the thaw and reports what nobody understands, which it would do again.
-                Err(
-                    error @ (AgentError::Failed { .. }
-                    | AgentError::NotOffered { .. }
-                    | AgentError::Answer { .. }),
-                ) => {
+                // The agent is there and says no: it knows nothing of this run, so nothing of it is frozen.
+                Err(error @ (AgentError::Failed { .. } | AgentError::NotOffered { .. })) => {
                     return Ended { unknown: true, ..unanswered(&error) };
                 }
+                // It has carried out the thaw, and reports what nobody understands: it would do so again.
+                Err(error @ AgentError::Answer { .. }) => return unanswered(&error),
                 Err(error) if began.elapsed() >= patience(&error) => return unanswered(&error),
                 Err(_) => std::thread::sleep(THAW_PAUSE),
             }
