@@ -168,22 +168,26 @@ fn ours(receipt: &Receipt, reasons: &mut Vec<Reason>, applications: &mut Vec<(Le
     reasons.extend(report.uncovered.iter().cloned());
     reasons.extend(unknown_writers(report));
     let held = freeze_held(receipt, report, reasons);
-    let mut level = Level::Clean;
+    // What did not hold says nothing about any part, however well the parts look.
+    let mut level = if held { Level::Clean } else { Level::Crash };
     let mut parts = BTreeMap::new();
+    let mut counted = 0;
     for filesystem in &report.filesystems {
         let (worth, counts) = filesystem_level(receipt, filesystem, held, reasons);
         // A guest that names one twice is believed the lesser.
         let part = parts.entry(filesystem.device_number.as_str()).or_insert(worth);
         *part = worth.min(*part);
         if counts {
+            counted += 1;
             level = level.min(worth);
         }
     }
     let gaps = report.uncovered.iter().chain(&report.reasons);
     level = gaps.filter_map(|reason| gap(&reason.code)).fold(level, Level::min);
-    if report.filesystems.is_empty() {
-        reasons.push(Reason::new("no_filesystem_reported", &receipt.vm, "the guest named no file system"));
-        level = Level::Crash;
+    if counted == 0 {
+        let message = "the guest named no file system on the disks of the snapshot";
+        reasons.push(Reason::new("no_filesystem_reported", &receipt.vm, message));
+        level = level.min(Level::Crash);
     }
     for application in &report.applications {
         let (worth, why) = application_level(application, &parts);

@@ -191,6 +191,32 @@ fn what_the_guest_could_not_look_at_or_freeze_lowers_the_level() {
 }
 
 #[test]
+fn file_systems_that_lie_elsewhere_say_nothing_of_the_disks_that_were_cut() {
+    // A data disk without a file system of its own, cut while everything that was frozen lies on another.
+    let alone = |r: &mut Receipt| {
+        r.point.as_mut().unwrap().disks = vec!["data".to_owned()];
+        r.disks_chosen = true;
+        let guest = r.guest.as_mut().unwrap();
+        guest.filesystems.truncate(1);
+        guest.applications.clear();
+    };
+    check(alone, Level::Crash, "no_filesystem_reported");
+    check_guest(|g| g.filesystems.clear(), Level::None, "no_filesystem_reported");
+}
+
+#[test]
+fn a_freeze_that_did_not_hold_is_a_crash_even_if_every_file_system_is_read_only() {
+    check(
+        |r| {
+            r.order.thaw_answered = false;
+            r.guest.as_mut().unwrap().filesystems.iter_mut().for_each(|f| f.read_only = true);
+        },
+        Level::Crash,
+        "thaw_unanswered",
+    );
+}
+
+#[test]
 fn without_an_application_nobody_vouches_above_filesystem() {
     check_guest(|g| g.applications.clear(), Level::Filesystem, "no_application_found");
 }
