@@ -2,14 +2,13 @@
 
 use crate::register::VmEntry;
 use crate::watch::Cancel;
-use guest_protocol::stillpoint::{
-    CheckArguments, CheckReport, FreezeArguments, GuestReport, ThawArguments, Want,
-};
+use guest_protocol::stillpoint::{CheckArguments, CheckReport, FreezeArguments, ThawArguments, Want};
 use qmp::machine::QueryStatus;
+use snapshot::conduct::Ended;
 use snapshot::receipt::{self, Receipt, StockFilesystem, StockFreeze};
 use snapshot::{Level, Reason, Request};
-use std::time::{Duration, Instant};
-use vm::agent::{Agent, AgentError, Kind};
+use std::time::Duration;
+use vm::agent::{Agent, AgentError, Kind, Line, Socket};
 use vm::monitor::Monitor;
 
 /// How long an agent may take to answer at all. An emulated or loaded guest needs seconds.
@@ -29,20 +28,9 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Whoever answers in the guest.
 #[derive(Debug)]
-pub struct Guest {
-    agent: Option<Agent>,
+pub struct Guest<L = Socket> {
+    agent: Option<Agent<L>>,
     stock: StockFreeze,
-}
-
-/// How a freeze ended.
-#[derive(Debug, Default)]
-pub(crate) struct Ended {
-    pub(crate) answered: bool,
-    /// The agent knows nothing of the run, so nothing of it is frozen.
-    pub(crate) unknown: bool,
-    pub(crate) report: Option<GuestReport>,
-    pub(crate) stock: Option<StockFreeze>,
-    pub(crate) reasons: Vec<Reason>,
 }
 
 impl Guest {
@@ -112,8 +100,16 @@ impl Guest {
             }
         }
     }
+}
 
-    fn kind(&self) -> receipt::Agent {
+impl<L: Line> Guest<L> {
+    /// Whoever answers on an open line, or nobody.
+    pub fn over(agent: Option<Agent<L>>) -> Self {
+        Self { agent, stock: StockFreeze::default() }
+    }
+
+    /// Who answers, as a receipt has it.
+    pub fn kind(&self) -> receipt::Agent {
         match &self.agent {
             None => receipt::Agent::None,
             Some(agent) => {
@@ -144,7 +140,10 @@ impl Guest {
     }
 
     /// Freezes. Whatever comes of it, thaw afterwards.
-    pub(crate) fn freeze(&mut self, request: &Request, run: &str, cancel: &Cancel) -> Result<(), String> {
+    ///
+    /// # Errors
+    /// The agent's, in words. What the guest did is not known then.
+    pub fn freeze(&mut self, request: &Request, run: &str, cancel: &Cancel) -> Result<(), String> {
         let agent = self.agent.as_mut().ok_or("no agent is there")?;
         let flag = cancel.flag();
         let words = |error: AgentError| error.to_string();
@@ -170,13 +169,13 @@ impl Guest {
     }
 
     /// Thaws, again and again until it is answered or patience ends.
-    pub(crate) fn thaw(&mut self, run: &str) -> Ended {
+    pub fn thaw(&mut self, run: &str) -> Ended {
         let Some(agent) = self.agent.as_mut() else { return Ended::default() };
         if agent.kind() == Kind::Stock {
             // Asked after the point and before the thaw: did it still hold?
             self.stock.frozen_after_point = agent.fsfreeze_is_frozen().unwrap_or(false);
         }
-        let began = Instant::now();
+        let began = agent.line().now();
         loop {
             let answer = match agent.kind() {
                 Kind::Stillpoint => agent
@@ -189,14 +188,23 @@ impl Guest {
             };
             match answer {
                 Ok(ended) => return ended,
+                // A stock agent that says no has not thawed, and nobody else will: it is asked again.
+                Err(error @ AgentError::Failed { .. }) if agent.kind() == Kind::Stock => {
+                    if agent.line().now().saturating_duration_since(began) >= THAW_PATIENCE {
+                        return unanswered(&error);
+                    }
+                    agent.line().pause(THAW_PAUSE);
+                }
                 // The agent is there and says no: it knows nothing of this run, so nothing of it is frozen.
                 Err(error @ (AgentError::Failed { .. } | AgentError::NotOffered { .. })) => {
                     return Ended { unknown: true, ..unanswered(&error) };
                 }
                 // It has carried out the thaw, and reports what nobody understands: it would do so again.
                 Err(error @ AgentError::Answer { .. }) => return unanswered(&error),
-                Err(error) if began.elapsed() >= patience(&error) => return unanswered(&error),
-                Err(_) => std::thread::sleep(THAW_PAUSE),
+                Err(error) if agent.line().now().saturating_duration_since(began) >= patience(&error) => {
+                    return unanswered(&error);
+                }
+                Err(_) => agent.line().pause(THAW_PAUSE),
             }
         }
     }

@@ -1,8 +1,7 @@
 //! One run: takes a snapshot of a running VM.
 //!
-//! `snapshot::run` decides what comes next; this carries it out and reports back. What must be undone is held by
-//! [`Carrier`], whose `Drop` thaws and undoes if the run ends in a panic; what a killed process leaves is in the
-//! journal, and the guest thaws by itself.
+//! `snapshot::conduct` leads it and holds what must be undone, after a panic too; [`Carrier`] is its hands, with a
+//! real guest, QEMU and repository. What a killed process leaves is in the journal, and the guest thaws by itself.
 
 mod error;
 mod facts;
@@ -17,9 +16,10 @@ use crate::watch::{Cancel, Watch};
 use crate::{claim, definition, fresh_id, now_ms};
 use facts::{Facts, disk_facts};
 use repository::{Manifest, Part, Repository, Role, SnapshotId, Writer};
+use snapshot::conduct::{Ended, Hands, Kept, conduct};
 use snapshot::receipt::{CopyEvidence, CopyMethod, Point, Receipt};
-use snapshot::run::{Action, Event, Run, State};
-use snapshot::{Level, Reason, Request, Verdict, judge, required_unmet};
+use snapshot::run::Action;
+use snapshot::{Request, Verdict};
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -80,31 +80,34 @@ pub fn take(
         }
     };
     let Known { facts, writer, definition, plan, receipt, guest } = known;
+    let can_freeze = guest.can_freeze();
+    // A copy, because `Prepared` borrows it while the other goes on changing.
+    let planned = plan.clone();
     let carrier = Carrier {
         request,
         watch,
         cancel,
         began,
-        run: Run::new(request, guest.can_freeze()),
         guest,
         monitor: claimed.monitor,
         journal: claimed.journal,
         qmp: entry.qmp,
         hung_up: false,
-        owes: Owes { thaw: false, release: plan.is_some() },
         plan,
+        planned: planned.as_ref(),
+        prepared: None,
         facts,
         parts: definition.parts,
         definition: definition.json,
         writer: Some(writer),
-        receipt,
-        verdict: None,
         sealed: None,
-        failure: None,
         left: None,
         _lock: claimed.lock,
     };
-    carrier.carry_out()
+    let (carrier, outcome) = conduct(carrier, request, receipt, can_freeze);
+    let Kept { receipt, verdict } = outcome.map_err(|failure| carrier.explain(failure.into()))?;
+    let (id, manifest) = carrier.sealed.expect("a run that was kept was sealed");
+    Ok(Taken { id, manifest, receipt, verdict, left: carrier.left })
 }
 
 /// What is known before anything but the claim is put into QEMU.
@@ -135,20 +138,12 @@ fn know(
     Ok(Known { facts, writer, definition, plan, receipt, guest })
 }
 
-/// What must still be done whatever happens.
-#[derive(Clone, Copy, Debug, Default)]
-struct Owes {
-    thaw: bool,
-    release: bool,
-}
-
 /// Carries one run out.
 struct Carrier<'a> {
     request: &'a Request,
     watch: &'a dyn Watch,
     cancel: &'a Cancel,
     began: Instant,
-    run: Run,
     guest: Guest,
     monitor: Monitor,
     journal: Journal,
@@ -156,183 +151,79 @@ struct Carrier<'a> {
     /// QEMU closed the monitor.
     hung_up: bool,
     plan: Option<Plan>,
+    planned: Option<&'a Plan>,
+    /// Until the cut.
+    prepared: Option<Prepared<'a>>,
     facts: Facts,
     parts: Vec<Part>,
     definition: serde_json::Value,
     writer: Option<Writer>,
-    receipt: Receipt,
-    verdict: Option<Verdict>,
     sealed: Option<(SnapshotId, Manifest)>,
-    failure: Option<SnapshotError>,
     left: Option<String>,
-    owes: Owes,
     _lock: VmLock,
 }
 
-impl Carrier<'_> {
-    fn carry_out(mut self) -> Result<Taken, SnapshotError> {
-        // A copy, because `Prepared` borrows it while `self` goes on changing.
-        let plan = self.plan.clone();
-        let mut prepared = match &plan {
-            None => None,
-            Some(plan) => Some(self.prepare(plan)?),
-        };
-        self.receipt.phases_ms.prepare = millis(self.began.elapsed());
-        let mut action = self.run.next(Event::Begin);
-        while let Some(wanted) = action {
-            // The table says where an interruption means something; elsewhere it is heard before the next action.
-            if self.cancel.is_set()
-                && let Some(instead) = self.run.next(Event::Interrupted)
-            {
-                self.fail(SnapshotError::Interrupted);
-                action = Some(instead);
-                continue;
-            }
-            let event = self.perform(wanted, &mut prepared);
-            action = self.run.next(event);
-        }
-        if let Some(unused) = prepared {
-            unused.abandon();
-        }
-        self.finish()
+impl Hands for Carrier<'_> {
+    type Error = SnapshotError;
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
     }
 
-    /// Does everything slow in QEMU, with the journal written first.
-    fn prepare<'p>(&mut self, plan: &'p Plan) -> Result<Prepared<'p>, SnapshotError> {
-        let plan_noted = Some(plan.clone());
-        let note = Note { run: self.receipt.run.clone(), plan: plan_noted, outcome: Outcome::Dropped };
+    fn wall_ms(&self) -> u64 {
+        now_ms()
+    }
+
+    fn interrupted(&self) -> bool {
+        self.cancel.is_set()
+    }
+
+    fn begins(&mut self, action: Action) {
+        self.watch.step(match action {
+            Action::Freeze => "freezing the guest",
+            Action::Cut if self.prepared.is_some() => "taking the point",
+            Action::Thaw => "thawing the guest",
+            Action::Copy => "copying disk data",
+            Action::Seal => "sealing the snapshot",
+            Action::Undo => "cleaning up",
+            Action::Cut | Action::Judge | Action::Release => return,
+        });
+    }
+
+    /// Everything slow in QEMU, with the journal written first.
+    fn prepare(&mut self, run: &str) -> Result<(), SnapshotError> {
+        let Some(plan) = self.planned else { return Ok(()) };
+        let note = Note { run: run.to_owned(), plan: Some(plan.clone()), outcome: Outcome::Dropped };
         self.journal.write(&note)?;
-        match point::prepare(&mut self.monitor, plan) {
-            Ok(prepared) => Ok(prepared),
-            Err(error) => {
-                self.release(Outcome::Dropped);
-                Err(error.into())
-            }
-        }
+        self.prepared = Some(point::prepare(&mut self.monitor, plan)?);
+        Ok(())
     }
 
-    fn perform(&mut self, action: Action, prepared: &mut Option<Prepared<'_>>) -> Event {
-        let began = Instant::now();
-        match action {
-            Action::Freeze => {
-                self.watch.step("freezing the guest");
-                self.owes.thaw = true;
-                self.receipt.order.freeze_sent_ms = Some(now_ms());
-                let frozen = self.guest.freeze(self.request, &self.receipt.run, self.cancel);
-                self.receipt.phases_ms.freeze = millis(began.elapsed());
-                match frozen {
-                    Ok(()) => {
-                        self.receipt.order.frozen_before_point = true;
-                        Event::Frozen
-                    }
-                    Err(cause) => {
-                        self.receipt.reasons.push(Reason::new("freeze_failed", &self.request.vm, &cause));
-                        if self.request.require > Level::Crash {
-                            self.fail(SnapshotError::Freeze { cause, thawed: false });
-                        }
-                        Event::FreezeFailed
-                    }
-                }
-            }
-            Action::Cut => self.cut(prepared.take(), began),
-            Action::Thaw => {
-                self.watch.step("thawing the guest");
-                self.thaw();
-                self.receipt.phases_ms.thaw = millis(began.elapsed());
-                Event::ThawEnded
-            }
-            Action::Judge => self.judge(),
-            Action::Copy => {
-                self.watch.step("copying disk data");
-                let copied = self.copy();
-                self.receipt.phases_ms.copy = millis(began.elapsed());
-                match copied {
-                    Ok(()) => Event::Copied,
-                    Err(error) => {
-                        let interrupted = self.cancel.is_set();
-                        self.fail(if interrupted { SnapshotError::Interrupted } else { error });
-                        Event::CopyFailed
-                    }
-                }
-            }
-            Action::Seal => match self.seal(began) {
-                Ok(()) => Event::Sealed,
-                Err(error) => {
-                    self.fail(error.into());
-                    Event::SealFailed
-                }
-            },
-            Action::Release => {
-                self.release(Outcome::Kept);
-                Event::Cleared
-            }
-            Action::Undo => {
-                self.watch.step("cleaning up");
-                if let Some(unused) = prepared.take() {
-                    unused.abandon();
-                }
-                self.release(Outcome::Dropped);
-                Event::Cleared
-            }
-        }
+    fn freeze(&mut self, run: &str) -> Result<(), String> {
+        self.guest.freeze(self.request, run, self.cancel)
     }
 
-    fn cut(&mut self, prepared: Option<Prepared<'_>>, began: Instant) -> Event {
-        let Some(prepared) = prepared else {
-            return Event::PointTaken; // no disk was wanted: the receipt says that there is no point
-        };
-        self.watch.step("taking the point");
+    fn cut(&mut self) -> Result<Option<Point>, SnapshotError> {
+        let Some(prepared) = self.prepared.take() else { return Ok(None) };
         let at_ms = now_ms();
-        match prepared.cut(&mut self.monitor, STOP_TIMEOUT) {
-            Ok(cut) => {
-                // The cut is over and its `cont` answered: if the VM is found paused from now on, its owner did it.
-                if let Some(plan) = &mut self.plan {
-                    plan.running = false;
-                }
-                self.receipt.order.point_before_thaw = true;
-                self.receipt.phases_ms.point = millis(began.elapsed());
-                self.receipt.point = Some(Point {
-                    at_ms,
-                    vcpus_stopped: true,
-                    stopped_ms: cut.stopped.map_or(0.0, |stopped| stopped.as_secs_f64() * 1000.0),
-                    disks: self.facts.wanted.iter().map(|wanted| wanted.disk.name.clone()).collect(),
-                });
-                Event::PointTaken
-            }
-            Err(error) => {
-                self.fail(error.into());
-                Event::PointFailed
-            }
+        let cut = prepared.cut(&mut self.monitor, STOP_TIMEOUT)?;
+        // The cut is over and its `cont` answered: if the VM is found paused from now on, its owner did it.
+        if let Some(plan) = &mut self.plan {
+            plan.running = false;
         }
+        Ok(Some(Point {
+            at_ms,
+            vcpus_stopped: true,
+            stopped_ms: cut.stopped.map_or(0.0, |stopped| stopped.as_secs_f64() * 1000.0),
+            disks: self.facts.wanted.iter().map(|wanted| wanted.disk.name.clone()).collect(),
+        }))
     }
 
-    fn thaw(&mut self) {
-        let ended = self.guest.thaw(&self.receipt.run);
-        self.owes.thaw = false;
-        if let Some(SnapshotError::Freeze { thawed, .. }) = &mut self.failure {
-            *thawed = ended.answered || ended.unknown;
-        }
-        self.receipt.order.thaw_answered = ended.answered;
-        self.receipt.guest = ended.report;
-        self.receipt.stock = ended.stock;
-        self.receipt.reasons.extend(ended.reasons);
+    fn thaw(&mut self, run: &str) -> Ended {
+        self.guest.thaw(run)
     }
 
-    fn judge(&mut self) -> Event {
-        let verdict = judge(&self.receipt);
-        let (reached, required) = (verdict.level, self.request.require);
-        if let Some(reason) = required_unmet(&self.receipt, &verdict) {
-            self.fail(SnapshotError::RequiredApplication(reason));
-        } else if reached < required {
-            self.fail(SnapshotError::BelowRequired { reached, required, reasons: verdict.reasons.clone() });
-        } else {
-            self.verdict = Some(verdict);
-            return Event::LevelReached;
-        }
-        Event::LevelMissed
-    }
-
-    fn copy(&mut self) -> Result<(), SnapshotError> {
+    fn copy(&mut self, receipt: &mut Receipt) -> Result<(), SnapshotError> {
         let Some(plan) = &self.plan else { return Ok(()) };
         let exports = point::export(&mut self.monitor, plan)?;
         let failed = |disk: &str| {
@@ -357,7 +248,7 @@ impl Carrier<'_> {
                 (None, Some(_)) => CopyMethod::Compared,
                 (None, None) => CopyMethod::Full,
             };
-            if let Some(evidence) = self.receipt.disks.iter_mut().find(|disk| disk.name == *name) {
+            if let Some(evidence) = receipt.disks.iter_mut().find(|disk| disk.name == *name) {
                 evidence.copy = Some(CopyEvidence {
                     method,
                     read_bytes: stats.read_bytes,
@@ -371,36 +262,31 @@ impl Carrier<'_> {
         Ok(())
     }
 
-    fn seal(&mut self, began: Instant) -> Result<(), repository::Error> {
-        self.watch.step("sealing the snapshot");
-        let verdict = self.verdict.as_ref().expect("it was judged before the copy");
-        self.receipt.phases_ms.seal = millis(began.elapsed());
+    fn seal(&mut self, receipt: &Receipt, verdict: &Verdict) -> Result<(), SnapshotError> {
         let manifest = Manifest {
             vm: self.request.vm.clone(),
             parent: self.facts.parent,
-            created_at_ms: self.receipt.point.as_ref().map_or_else(now_ms, |point| point.at_ms),
+            created_at_ms: receipt.point.as_ref().map_or_else(now_ms, |point| point.at_ms),
             description: self.request.description.clone(),
             level: verdict.level.to_string(),
             parts: std::mem::take(&mut self.parts),
             definition: std::mem::take(&mut self.definition),
-            receipt: serde_json::to_value(&self.receipt).expect("a receipt has no key that is not text"),
+            receipt: serde_json::to_value(receipt).expect("a receipt has no key that is not text"),
         };
         let writer = self.writer.take().expect("it is sealed once");
         let id = writer.commit(manifest.clone())?;
-        self.receipt.phases_ms.seal = millis(began.elapsed());
         self.sealed = Some((id, manifest));
         Ok(())
     }
 
-    /// Takes what the run put into QEMU out again. A failure is told, and tried again by the next run.
-    fn release(&mut self, outcome: Outcome) {
-        let Some(plan) = &self.plan else { return };
-        if !self.owes.release {
-            return;
+    fn release(&mut self, run: &str, kept: bool) {
+        if let Some(unused) = self.prepared.take() {
+            unused.abandon();
         }
-        self.owes.release = false;
-        let note = Note { run: self.receipt.run.clone(), plan: Some(plan.clone()), outcome };
-        let noted = if outcome == Outcome::Kept { self.journal.write(&note) } else { Ok(()) };
+        let Some(plan) = &self.plan else { return };
+        let outcome = if kept { Outcome::Kept } else { Outcome::Dropped };
+        let note = Note { run: run.to_owned(), plan: Some(plan.clone()), outcome };
+        let noted = if kept { self.journal.write(&note) } else { Ok(()) };
         let undo = |monitor: &mut Monitor| {
             point::release(monitor, plan, outcome)
                 .and_then(|()| point::unclaim(monitor, note.tag()).map_err(UndoError::from))
@@ -423,7 +309,9 @@ impl Carrier<'_> {
         let failed = failed.map(|e| e.to_string());
         self.left = failed.or_else(|| noted.and(cleared).err().map(|e| e.to_string()));
     }
+}
 
+impl Carrier<'_> {
     /// Whether the VM has ended: nobody listens at its monitor's socket any more, and who made it is gone. One that closed
     /// its monitor is given a moment for it.
     fn ended(&self) -> bool {
@@ -443,39 +331,9 @@ impl Carrier<'_> {
         }
     }
 
-    fn fail(&mut self, error: SnapshotError) {
-        self.failure.get_or_insert(error);
+    /// Whatever failed first: that the VM has ended explains it, and what to do about it.
+    fn explain(&self, failure: SnapshotError) -> SnapshotError {
+        let explained = failure.is_of_the_vm() && self.ended();
+        if explained { SnapshotError::Ended(failure.to_string()) } else { failure }
     }
-
-    fn finish(mut self) -> Result<Taken, SnapshotError> {
-        debug_assert!(matches!(self.run.state(), State::Kept | State::Abandoned), "{:?}", self.run.state());
-        match (self.sealed.take(), self.verdict.take()) {
-            (Some((id, manifest)), Some(verdict)) => {
-                let receipt = std::mem::take(&mut self.receipt);
-                Ok(Taken { id, manifest, receipt, verdict, left: self.left.take() })
-            }
-            _ => {
-                let failure = self.failure.take().unwrap_or(SnapshotError::Interrupted);
-                // Whatever failed first: that the VM has ended explains it, and what to do about it.
-                let explained = failure.is_of_the_vm() && self.ended();
-                Err(if explained { SnapshotError::Ended(failure.to_string()) } else { failure })
-            }
-        }
-    }
-}
-
-impl Drop for Carrier<'_> {
-    /// A panic, or an early return: nobody is left to tell.
-    fn drop(&mut self) {
-        if self.owes.thaw {
-            self.thaw();
-        }
-        if self.owes.release {
-            self.release(Outcome::Dropped);
-        }
-    }
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

@@ -5,9 +5,10 @@
 //! is worth what its least part is worth. Missing evidence is never read kindly.
 
 use crate::receipt::{Agent, DiskEvidence, Receipt, StockFreeze};
-use crate::{Level, Reason};
+use crate::{Level, Reason, Request};
 use guest_protocol::stillpoint::{
-    ApplicationReport, FilesystemReport, FilesystemState, GuestDisk, GuestReport, Policy, ThawCause,
+    ApplicationPolicy, ApplicationReport, FilesystemReport, FilesystemState, GuestDisk, GuestReport, Policy,
+    ThawCause,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -39,10 +40,11 @@ pub fn judge(receipt: &Receipt) -> Verdict {
     Verdict { level, reasons, applications }
 }
 
-/// The application whose policy is `required` and that did not reach *application*, if any.
-pub fn required_unmet(receipt: &Receipt, verdict: &Verdict) -> Option<Reason> {
+/// The application whose policy is `required` and that did not reach *application*, if any. One that nobody found, or
+/// that nobody was there to look for, is not quiesced either.
+pub fn required_unmet(request: &Request, receipt: &Receipt, verdict: &Verdict) -> Option<Reason> {
     let reports = receipt.guest.as_ref().map_or(&[][..], |guest| &guest.applications[..]);
-    reports.iter().zip(&verdict.applications).find_map(|(report, (level, why))| {
+    let told = reports.iter().zip(&verdict.applications).find_map(|(report, (level, why))| {
         let unmet = report.policy == Policy::Required && *level < Level::Application;
         unmet.then(|| {
             let subject = format!("{} {}", report.kind, report.instance);
@@ -51,7 +53,24 @@ pub fn required_unmet(receipt: &Receipt, verdict: &Verdict) -> Option<Reason> {
             let cause = told.or(why.last()).map_or("it was not quiesced", |reason| &reason.message);
             Reason::new("required_application_not_quiesced", subject, cause)
         })
-    })
+    });
+    told.or_else(|| required_unseen(request, reports, verdict))
+}
+
+/// Asks the wish itself: a report that does not name what was required, or no report, must not pass for quiesced.
+fn required_unseen(request: &Request, reports: &[ApplicationReport], verdict: &Verdict) -> Option<Reason> {
+    let held = |wanted: &&ApplicationPolicy| {
+        reports.iter().zip(&verdict.applications).any(|(report, (level, _))| {
+            let is_it = report.kind == wanted.kind
+                && wanted.instance.as_ref().is_none_or(|instance| *instance == report.instance);
+            is_it && *level >= Level::Application
+        })
+    };
+    let mut required = request.applications.iter().filter(|policy| policy.policy == Policy::Required);
+    let unmet = required.find(|wanted| !request.no_data && !held(wanted))?;
+    let subject = [&unmet.kind[..], unmet.instance.as_deref().unwrap_or_default()].join(" ");
+    let cause = verdict.reasons.first().map_or("the guest did not name it", |reason| &reason.message);
+    Some(Reason::new("required_application_not_quiesced", subject.trim_end(), cause))
 }
 
 /// Was there one cut through all the disks that were wanted?

@@ -3,6 +3,7 @@
 //! Nothing here reads a clock, a file or a socket. `engine` carries out what `run` decides and fills in a
 //! `Receipt`; `judge` computes the level from that receipt alone.
 
+pub mod conduct;
 pub mod judge;
 pub mod level;
 pub mod receipt;

@@ -5,8 +5,10 @@
 //! again with one after any error; the call after a failed freeze is a thaw, and it must get through.
 
 mod calls;
+mod line;
 
 pub use calls::{EXEC_OUTPUT_BYTES_MAX, ExecOutput, freeze_limit};
+pub use line::{Line, Socket};
 
 use crate::unix;
 use guest_protocol::answers::Info;
@@ -16,8 +18,7 @@ use guest_protocol::{Class, Client};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use std::io::{self, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -123,9 +124,8 @@ struct Unless<'a> {
 
 /// A connection to the guest's agent. Errors do not end it: the next call synchronizes, and connects anew if it must.
 #[derive(Debug)]
-pub struct Agent {
-    path: PathBuf,
-    stream: Option<UnixStream>,
+pub struct Agent<L = Socket> {
+    line: L,
     client: Client,
     info: Info,
     kind: Kind,
@@ -139,21 +139,35 @@ impl Agent {
     pub fn connect(path: &Path, limit: Duration) -> Result<Self, AgentError> {
         let mut seed = [0; 8];
         getrandom::fill(&mut seed).map_err(|error| AgentError::Io(io::Error::other(error)))?;
+        Self::over(Socket::new(path), u64::from_le_bytes(seed), limit)
+    }
+}
+
+impl<L: Line> Agent<L> {
+    /// The same over any line. The seed keeps this conversation's numbers apart from those of others.
+    ///
+    /// # Errors
+    /// As `connect`.
+    pub fn over(line: L, seed: u64, limit: Duration) -> Result<Self, AgentError> {
         let mut agent = Self {
-            path: path.to_owned(),
-            stream: None,
+            line,
             // JSON numbers are exact up to 2^53 with every reader.
-            client: Client::new(u64::from_le_bytes(seed) >> 13),
+            client: Client::new(seed >> 13),
             info: Info { version: String::new(), supported_commands: vec![] },
             kind: Kind::Stock,
         };
-        agent.synchronize(Instant::now() + limit)?;
+        agent.synchronize(agent.line.now() + limit)?;
         agent.info = agent.call_bounded("guest-info", None, limit, Unless::default())?;
         // While frozen commands are disabled, but listed.
         if agent.info.supported_commands.iter().any(|command| command.name == "stillpoint-freeze") {
             agent.kind = Kind::Stillpoint;
         }
         Ok(agent)
+    }
+
+    /// What the conversation stands on.
+    pub fn line(&mut self) -> &mut L {
+        &mut self.line
     }
 
     /// Which agent answers.
@@ -227,9 +241,9 @@ impl Agent {
         limit: Duration,
         unless: Unless<'_>,
     ) -> Result<Value, AgentError> {
-        let asked = Instant::now();
+        let asked = self.line.now();
         let deadline = asked + limit;
-        if self.stream.is_none() || !self.client.is_synchronized() {
+        if !self.line.is_connected() || !self.client.is_synchronized() {
             self.synchronize(deadline)?;
         }
         let outcome = self.exchange(command, arguments, deadline, unless);
@@ -249,18 +263,19 @@ impl Agent {
             Ok(None) => {
                 // Begins the conversation afresh in the agent too: whatever it still owes us is dropped there.
                 let resync = self.client.resync();
-                if self.send(&resync, Instant::now() + CALL_TIMEOUT).is_err() {
-                    self.stream = None;
+                let now = self.line.now();
+                if self.send(&resync, now + CALL_TIMEOUT).is_err() {
+                    self.line.hang_up();
                 }
                 let command = command.to_owned();
                 Err(if cancelled {
                     AgentError::Interrupted { command }
                 } else {
-                    AgentError::Timeout { command, limit: limit.min(asked.elapsed()) }
+                    AgentError::Timeout { command, limit: limit.min(now.saturating_duration_since(asked)) }
                 })
             }
             Err(error) => {
-                self.stream = None;
+                self.line.hang_up();
                 Err(error)
             }
         }
@@ -276,23 +291,24 @@ impl Agent {
         let (request, bytes) = self.client.request(command, arguments);
         self.send(&bytes, deadline)?;
         let impatient = unless.cancel.is_some() || unless.run.is_some();
-        let mut look = Look::new();
+        let mut look = Look::new(self.line.now());
         loop {
-            let until = if impatient { deadline.min(Instant::now() + CANCEL_LATENCY) } else { deadline };
+            let until = if impatient { deadline.min(self.line.now() + CANCEL_LATENCY) } else { deadline };
             let Some(events) = self.receive(until)? else {
                 let cancelled = unless.cancel.is_some_and(|cancel| cancel.load(Ordering::SeqCst));
-                if Instant::now() >= deadline || cancelled || look.heard.elapsed() >= SILENCE_MAX {
+                let now = self.line.now();
+                if now >= deadline || cancelled || now.saturating_duration_since(look.heard) >= SILENCE_MAX {
                     return Ok(None);
                 }
-                if unless.run.is_some() && look.asked.elapsed() >= LOOK_AFTER_RUN {
+                if unless.run.is_some() && now.saturating_duration_since(look.asked) >= LOOK_AFTER_RUN {
                     self.client.give_up(look.request);
                     let bytes;
                     (look.request, bytes) = self.client.request("stillpoint-status", None);
-                    look.asked = Instant::now();
+                    look.asked = now;
                     self.send(&bytes, deadline)?;
                 }
                 if unless.run.is_none() {
-                    look.heard = Instant::now(); // an agent that cannot be asked may take all the time
+                    look.heard = now; // an agent that cannot be asked may take all the time
                 }
                 continue;
             };
@@ -301,7 +317,7 @@ impl Agent {
                 if answered == request {
                     return Ok(Some(result));
                 }
-                if answered == look.request && look.is_over(unless.run, result) {
+                if answered == look.request && look.is_over(unless.run, result, self.line.now()) {
                     return Err(AgentError::Restarted { command: command.to_owned() });
                 }
             }
@@ -311,31 +327,30 @@ impl Agent {
     /// Connects if need be, and begins the conversation (afresh).
     fn synchronize(&mut self, deadline: Instant) -> Result<(), AgentError> {
         loop {
-            if self.stream.is_none() {
-                let stream = unix::connect(&self.path, deadline).map_err(|error| {
+            if !self.line.is_connected() {
+                self.line.connect(deadline).map_err(|error| {
                     if unix::is_timeout(&error) {
                         AgentError::Silent
                     } else {
-                        AgentError::Connect { path: self.path.clone(), source: error }
+                        AgentError::Connect { path: self.line.path().to_owned(), source: error }
                     }
                 })?;
-                self.stream = Some(stream);
             }
-            let again = deadline.min(Instant::now() + SYNC_AGAIN);
+            let again = deadline.min(self.line.now() + SYNC_AGAIN);
             let bytes = self.client.resync();
             let outcome = self.send(&bytes, deadline).and_then(|()| self.await_sync(again));
             match outcome {
                 Ok(()) if self.client.is_synchronized() => return Ok(()),
                 Ok(()) => (),
-                Err(AgentError::Io(error)) if !unix::is_timeout(&error) => self.stream = None,
+                Err(AgentError::Io(error)) if !unix::is_timeout(&error) => self.line.hang_up(),
                 Err(AgentError::Io(_)) => (),
                 Err(error) => return Err(error),
             }
-            if Instant::now() >= deadline {
+            if self.line.now() >= deadline {
                 return Err(AgentError::Silent);
             }
-            if self.stream.is_none() {
-                std::thread::sleep(Duration::from_millis(50));
+            if !self.line.is_connected() {
+                self.line.pause(Duration::from_millis(50));
             }
         }
     }
@@ -346,21 +361,13 @@ impl Agent {
     }
 
     fn send(&mut self, bytes: &[u8], deadline: Instant) -> Result<(), AgentError> {
-        let stream =
-            self.stream.as_mut().ok_or_else(|| AgentError::Io(io::ErrorKind::NotConnected.into()))?;
-        let left = unix::time_left(deadline).map_err(AgentError::Io)?;
-        stream.set_write_timeout(Some(left)).map_err(AgentError::Io)?;
-        stream.write_all(bytes).map_err(AgentError::Io)
+        self.line.send(bytes, deadline).map_err(AgentError::Io)
     }
 
     /// Reads once; `None` at the deadline.
     fn receive(&mut self, deadline: Instant) -> Result<Option<Vec<Event>>, AgentError> {
-        let stream =
-            self.stream.as_mut().ok_or_else(|| AgentError::Io(io::ErrorKind::NotConnected.into()))?;
-        let Ok(left) = unix::time_left(deadline) else { return Ok(None) };
-        stream.set_read_timeout(Some(left)).map_err(AgentError::Io)?;
         let mut bytes = [0; 65536];
-        match stream.read(&mut bytes) {
+        match self.line.receive(&mut bytes, deadline) {
             Ok(0) => Err(AgentError::Io(io::ErrorKind::UnexpectedEof.into())),
             Ok(count) => Ok(Some(self.client.receive(&bytes[..count])?)),
             Err(error) if unix::is_timeout(&error) => Ok(None),
@@ -382,14 +389,18 @@ struct Look {
 }
 
 impl Look {
-    fn new() -> Self {
-        let now = Instant::now();
+    fn new(now: Instant) -> Self {
         Self { request: 0, asked: now, heard: now, missed: false }
     }
 
     /// Takes an answer. Believed when it comes twice: the answer to the run itself may be on its way.
-    fn is_over(&mut self, run: Option<&str>, answer: Result<Value, guest_protocol::Error>) -> bool {
-        self.heard = Instant::now();
+    fn is_over(
+        &mut self,
+        run: Option<&str>,
+        answer: Result<Value, guest_protocol::Error>,
+        now: Instant,
+    ) -> bool {
+        self.heard = now;
         let status = answer.ok().and_then(|answer| serde_json::from_value::<StatusReport>(answer).ok());
         // An agent that may not say is believed to be at it.
         let holds = status.is_none_or(|status| status.state != State::Thawed && status.id.as_deref() == run);

@@ -2,6 +2,7 @@
 
 use crate::copy::CopyError;
 use crate::register::RegisterError;
+use snapshot::conduct::Failure;
 use snapshot::{Level, Reason};
 use vm::monitor::MonitorError;
 use vm::point::{PlanError, PointError, UndoError};
@@ -93,5 +94,19 @@ impl SnapshotError {
                 | Self::Point(_)
                 | Self::Copy { source: CopyError::Read(_) | CopyError::Incomplete, .. }
         )
+    }
+}
+
+impl From<Failure<Self>> for SnapshotError {
+    fn from(failure: Failure<Self>) -> Self {
+        match failure {
+            Failure::Freeze { cause, thawed } => Self::Freeze { cause, thawed },
+            Failure::RequiredApplication(reason) => Self::RequiredApplication(reason),
+            Failure::BelowRequired { reached, required, reasons } => {
+                Self::BelowRequired { reached, required, reasons }
+            }
+            Failure::Interrupted => Self::Interrupted,
+            Failure::Action(error) => error,
+        }
     }
 }

@@ -2,11 +2,11 @@
 
 use crate::freeze::facts::View;
 use crate::freeze::gather::read_bounded;
-use crate::freeze::ledger::{Freeze, Ledger, Thaw};
+use crate::freeze::ledger::{Freeze, Ledger, Phase, Thaw};
 use crate::freeze::plan::{Place, Plan};
 use crate::quiesce::Applications;
 use guest_protocol::stillpoint::{
-    FILESYSTEMS_MAX, FilesystemReport, FilesystemState, GuestReport, Reason, TEXT_BYTES_MAX,
+    FILESYSTEMS_MAX, FilesystemReport, FilesystemState, GuestReport, Reason, TEXT_BYTES_MAX, ThawCause,
 };
 use std::path::Path;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use std::time::Duration;
 const REASONS_MAX: usize = 256;
 
 /// A duration as reports give it.
-pub(super) fn ms(duration: Duration) -> u64 {
+pub fn ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -31,12 +31,14 @@ pub(super) fn boot_id() -> String {
 
 /// The report in the making.
 #[derive(Clone, Debug)]
-pub(super) struct Evidence {
-    pub(super) report: GuestReport,
+pub struct Evidence {
+    /// So far.
+    pub report: GuestReport,
 }
 
 impl Evidence {
-    pub(super) fn new(id: &str, lease_ms: u64, plan: &Plan) -> Self {
+    /// Of a run that has frozen nothing yet.
+    pub fn new(id: &str, lease_ms: u64, plan: &Plan) -> Self {
         let filesystems = plan
             .superblocks
             .iter()
@@ -76,7 +78,8 @@ impl Evidence {
         evidence
     }
 
-    pub(super) fn reason(&mut self, reason: Reason) {
+    /// Notes a reason, as long as there are not too many.
+    pub fn reason(&mut self, reason: Reason) {
         if self.report.reasons.len() < REASONS_MAX {
             self.report.reasons.push(bounded_reason(&reason));
         }
@@ -105,7 +108,7 @@ impl Evidence {
     }
 
     /// The times of the freeze as a whole, as far as they are known.
-    pub(super) fn times(&mut self, ledger: &Ledger) {
+    pub fn times(&mut self, ledger: &Ledger) {
         let ours = (0..ledger.count()).filter(|at| ledger.frozen(*at) != Freeze::Idle);
         let times: Vec<[u64; 4]> = ours.map(|at| ledger.times_ns(at)).collect();
         let first = |word: usize| times.iter().map(|time| time[word]).filter(|ns| *ns > 0).min();
@@ -117,7 +120,7 @@ impl Evidence {
     }
 
     /// What became of a file system.
-    pub(super) fn filesystem(&mut self, planned: usize, ledger: &Ledger, at: usize, unwritten: bool) {
+    pub fn filesystem(&mut self, planned: usize, ledger: &Ledger, at: usize, unwritten: bool) {
         let report = &mut self.report.filesystems[planned];
         let words = |errno| std::io::Error::from_raw_os_error(errno).to_string();
         (report.state, report.detail) = match (ledger.frozen(at), ledger.thawed(at)) {
@@ -143,6 +146,18 @@ impl Evidence {
             let (name, message) = (report.mountpoint.clone(), "thawed by someone else during the freeze");
             self.reason(Reason::new("early_thaw", name, message));
         }
+    }
+}
+
+/// Who ended a freeze, by what the ledger says; `refused`: the host was told that the freeze did not come about.
+pub fn thaw_cause(frozen: u64, refused: bool, cause: Phase) -> ThawCause {
+    match cause {
+        _ if frozen == 0 => ThawCause::NothingFrozen,
+        Phase::Failed | Phase::Host | Phase::GuardGone if refused => ThawCause::FailedFreeze,
+        Phase::Armed | Phase::Host => ThawCause::Host,
+        Phase::LeaseEnded => ThawCause::LeaseEnded,
+        Phase::AgentGone => ThawCause::AgentGone,
+        Phase::Failed | Phase::GuardGone => ThawCause::FailedFreeze,
     }
 }
 

@@ -1,7 +1,7 @@
 //! The guest is frozen: a value whose end is the thaw.
 
 use super::Refusal;
-use super::evidence::ms;
+use super::evidence::{ms, thaw_cause};
 use super::walk::{RESUME_MAX, Run, Stopped, aborted, expect_within};
 use crate::freeze::counters::{Counters, counters};
 use crate::freeze::grace::{self, ShortGrace};
@@ -9,7 +9,7 @@ use crate::freeze::guard::Heard;
 use crate::freeze::kernel::boottime_ns;
 use crate::freeze::ledger::{Freeze, Phase};
 use crate::logging;
-use guest_protocol::stillpoint::{FilesystemState, GuestReport, Reason, State, ThawCause};
+use guest_protocol::stillpoint::{FilesystemState, GuestReport, Reason, State};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -196,16 +196,7 @@ impl Frozen {
                 && self.before[at] == counters(run.ledger.device(at));
             run.evidence.filesystem(held.planned, &run.ledger, at, unwritten);
         }
-        run.evidence.report.thawed_by = match cause {
-            _ if run.ledger.frozen_count() == 0 => ThawCause::NothingFrozen,
-            _ if refusal.is_some() && matches!(cause, Phase::Failed | Phase::Host | Phase::GuardGone) => {
-                ThawCause::FailedFreeze
-            }
-            Phase::Armed | Phase::Host => ThawCause::Host,
-            Phase::LeaseEnded => ThawCause::LeaseEnded,
-            Phase::AgentGone => ThawCause::AgentGone,
-            Phase::Failed | Phase::GuardGone => ThawCause::FailedFreeze,
-        };
+        run.evidence.report.thawed_by = thaw_cause(run.ledger.frozen_count(), refusal.is_some(), cause);
         if cause == Phase::GuardGone {
             run.evidence.reason(Reason::new(
                 "guard_died",

@@ -2,7 +2,7 @@
 //! reported through a file descriptor that the loop watches.
 
 mod check;
-mod evidence;
+pub mod evidence;
 mod frozen;
 mod record;
 mod shared;

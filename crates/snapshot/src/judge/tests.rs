@@ -252,11 +252,35 @@ fn unknown_writers_are_listed_and_do_not_lower_known_applications() {
 
 #[test]
 fn a_required_application_below_application_is_unmet_whatever_the_level_required() {
+    let request = Request::new("db1");
     let mut receipt = perfect();
     receipt.guest.as_mut().unwrap().applications[0].policy = Policy::Required;
-    assert_eq!(required_unmet(&receipt, &judge(&receipt)), None);
+    assert_eq!(required_unmet(&request, &receipt, &judge(&receipt)), None);
     receipt.guest.as_mut().unwrap().applications[0].held = false;
-    assert!(required_unmet(&receipt, &judge(&receipt)).is_some());
+    assert!(required_unmet(&request, &receipt, &judge(&receipt)).is_some());
+}
+
+#[test]
+fn a_required_application_that_nobody_reports_is_unmet() {
+    let policy = |kind: &str, instance: Option<&str>| Request {
+        applications: vec![ApplicationPolicy {
+            kind: kind.to_owned(),
+            instance: instance.map(str::to_owned),
+            policy: Policy::Required,
+        }],
+        ..Request::new("db1")
+    };
+    let unmet = |request: &Request, receipt: &Receipt| required_unmet(request, receipt, &judge(receipt));
+    let here = Some("/var/lib/postgresql/15/main");
+    assert_eq!(unmet(&policy("postgresql", None), &perfect()), None);
+    assert_eq!(unmet(&policy("postgresql", here), &perfect()), None);
+    assert!(unmet(&policy("postgresql", Some("/elsewhere")), &perfect()).is_some());
+    assert!(unmet(&policy("mariadb", None), &perfect()).is_some());
+    assert!(unmet(&policy("postgresql", None), &stock_run()).is_some());
+    let nobody = Receipt { agent: Agent::None, guest: None, ..perfect() };
+    assert!(unmet(&policy("postgresql", None), &nobody).is_some());
+    let definition_only = Request { no_data: true, ..policy("postgresql", None) };
+    assert_eq!(unmet(&definition_only, &nobody), None);
 }
 
 fn stock_run() -> Receipt {
@@ -436,6 +460,6 @@ proptest::proptest! {
         if verdict.level < Level::Application {
             assert!(!verdict.reasons.is_empty(), "{guest:?}");
         }
-        required_unmet(&receipt, &verdict);
+        required_unmet(&Request::new("db1"), &receipt, &verdict);
     }
 }

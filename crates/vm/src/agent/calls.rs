@@ -1,6 +1,6 @@
 //! The commands that we call, typed.
 
-use super::{Agent, AgentError, CALL_TIMEOUT, Unless};
+use super::{Agent, AgentError, CALL_TIMEOUT, Line, Unless};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use guest_protocol::answers::{ExecStarted, ExecStatus, FilesystemInfo, OsInfo};
@@ -10,7 +10,7 @@ use guest_protocol::stillpoint::{
 };
 use serde_json::{Map, Value, json};
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Most output of a command in the guest that is kept, in bytes a stream. The answer's line ends at 16 MiB.
 pub const EXEC_OUTPUT_BYTES_MAX: usize = 8 << 20;
@@ -51,7 +51,7 @@ pub fn freeze_limit(arguments: &FreezeArguments) -> Duration {
     Duration::from_millis(sum) + FREEZE_MARGIN
 }
 
-impl Agent {
+impl<L: Line> Agent<L> {
     /// Asks for a sign of life.
     ///
     /// # Errors
@@ -111,7 +111,7 @@ impl Agent {
         arguments: &[&str],
         limit: Duration,
     ) -> Result<ExecOutput, AgentError> {
-        let deadline = Instant::now() + limit;
+        let deadline = self.line().now() + limit;
         let start = json!({ "path": path, "arg": arguments, "capture-output": true });
         let started: ExecStarted = self.call("guest-exec", Some(start), CALL_TIMEOUT)?;
         let mut pause = Duration::from_millis(10);
@@ -126,10 +126,10 @@ impl Agent {
                     stderr: decode(status.err_data.as_deref())?,
                 });
             }
-            if Instant::now() >= deadline {
+            if self.line().now() >= deadline {
                 return Err(AgentError::Timeout { command: format!("guest-exec {path}"), limit });
             }
-            std::thread::sleep(pause);
+            self.line().pause(pause);
             pause = (pause * 2).min(Duration::from_millis(250));
         }
     }

@@ -61,23 +61,53 @@ pub enum UndoError {
     Left(Vec<String>),
 }
 
+/// Where a plan was carried out: a QEMU behind its monitor, or a simulated one.
+pub trait Place {
+    /// What is there now.
+    ///
+    /// # Errors
+    /// Those of the monitor.
+    fn look(&mut self, plan: &Plan) -> Result<Facts, MonitorError>;
+    /// Carries a step out.
+    ///
+    /// # Errors
+    /// See [`StepError`].
+    fn run(&mut self, step: &Step) -> Result<(), StepError>;
+    /// Lets time go by.
+    fn pause(&mut self, time: Duration);
+}
+
+impl Place for Monitor {
+    fn look(&mut self, plan: &Plan) -> Result<Facts, MonitorError> {
+        look(self, plan)
+    }
+
+    fn run(&mut self, step: &Step) -> Result<(), StepError> {
+        step.run(self)
+    }
+
+    fn pause(&mut self, time: Duration) {
+        std::thread::sleep(time);
+    }
+}
+
 /// Removes exactly what the plan names, in the reverse order of its making, whatever part of it is there.
 ///
 /// # Errors
 /// See [`UndoError`].
-pub fn release(monitor: &mut Monitor, plan: &Plan, outcome: Outcome) -> Result<(), UndoError> {
+pub fn release(place: &mut impl Place, plan: &Plan, outcome: Outcome) -> Result<(), UndoError> {
     let mut failures = vec![];
     for round in 0..ROUNDS_MAX {
-        let steps = steps(plan, &look(monitor, plan)?, outcome);
+        let steps = steps(plan, &place.look(plan)?, outcome);
         if steps.is_empty() {
             return Ok(());
         }
         if round > 0 && !failures.is_empty() {
-            std::thread::sleep(PAUSE);
+            place.pause(PAUSE);
         }
         failures = vec![];
         for step in steps {
-            match step.run(monitor) {
+            match place.run(&step) {
                 Ok(()) => (),
                 Err(StepError::Monitor(error @ (MonitorError::Closed { .. } | MonitorError::Io(_)))) => {
                     return Err(error.into());
