@@ -75,6 +75,11 @@ fn test_long() -> Result<(), String> {
     stages.run("long tests", || {
         cargo(&["test", "--workspace", "--exclude", "vm-tests", "--", "--ignored"]).run()
     })?;
+    stages.run("simulation, 10,000 schedules", || {
+        cargo(&["test", "--package", "simulation", "--test", "runs", "--", "--nocapture", "no_schedule"])
+            .env("SCHEDULES", "10000")
+            .run()
+    })?;
     stages.run("long tests in real guests", || in_guests(&parts, &[], &["--ignored"]).run())?;
     stages.run("tests in real guests on the later QEMU", || {
         in_guests(&parts, &[], &["--include-ignored"]).env("PATH", &later_qemu::path_with(&later)).run()
