@@ -74,9 +74,8 @@ pub fn signal(pattern: &str, signals: &[&str]) -> String {
 /// How much of an ordeal a guest goes through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
-    /// Every second death, alternating, once; every fourth of them is followed by a run that has to be whole, and so is the
-    /// last.
-    Half,
+    /// Each death once; every fourth is followed by a run that has to be whole, and so is the last.
+    Once,
     /// Each death three times, and each is followed by such a run.
     ThreeTimes,
 }
@@ -84,7 +83,7 @@ pub enum Extent {
 impl Extent {
     /// The rounds, numbered for people.
     pub fn rounds(self) -> std::ops::RangeInclusive<usize> {
-        1..=if self == Self::Half { 1 } else { 3 }
+        1..=if self == Self::Once { 1 } else { 3 }
     }
 }
 
@@ -102,7 +101,6 @@ pub struct Ordeal {
     untouched: Vec<String>,
     kept: usize,
     deaths: usize,
-    steps: usize,
     /// Of guests before this one, with the disks that it uses.
     folders: Vec<tempfile::TempDir>,
 }
@@ -134,7 +132,6 @@ impl Ordeal {
             untouched: vec![],
             kept,
             deaths: 0,
-            steps: 0,
             folders: vec![],
         };
         ordeal.is_well();
@@ -153,14 +150,6 @@ impl Ordeal {
     pub fn run(&self, lease_s: u32) -> Running {
         let lease = lease_s.to_string();
         self.stillpoint.start(&["snapshot", "db1", "--lease", &lease]).expect("it starts")
-    }
-
-    /// Whether the next death of the list is died.
-    pub fn takes(&mut self) -> bool {
-        let step = self.steps;
-        self.steps += 1;
-        // Who dies at four steps dies at the first and the third, the next at the second and the fourth.
-        self.extent == Extent::ThreeTimes || (step + step / 4).is_multiple_of(2)
     }
 
     /// Waits until a gate holds what it was told to.

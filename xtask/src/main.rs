@@ -1,6 +1,7 @@
-//! The project's own commands: setup, test, demo, bench, check.
+//! The project's own commands: setup, test, demo, bench, fuzz, check.
 
 mod check;
+mod fuzz;
 mod guest;
 mod later_qemu;
 mod python;
@@ -20,6 +21,7 @@ cargo xtask COMMAND
   test           check, unit tests, the guest image, tests in real guests: what CI runs
   test-long      test, and what takes longer than a change should wait for
   demo           a working guest, its snapshots, and the proof [--sabotage no-freeze|drop-frame]
+  fuzz           made-up input for everything that reads bytes from outside [TARGET…] [--seconds 600]
   bench          figures: increment, full (without a name both), stall [SNAPSHOTS]
   guest          builds image, agent and load if needed; prints where they are
   guest-image    builds the guest image, if this recipe's is not there yet
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
         "test" => test(),
         "test-long" => test_long(),
         "demo" => demo(rest),
+        "fuzz" => fuzz::fuzz(rest),
         "bench" => bench(rest),
         "guest" => setup::setup().and_then(|()| guest::parts()).map(|parts| println!("{parts}")),
         "guest-image" => {
@@ -80,6 +83,7 @@ fn test_long() -> Result<(), String> {
             .env("SCHEDULES", "10000")
             .run()
     })?;
+    stages.run("fuzz targets compile", fuzz::check)?;
     stages.run("long tests in real guests", || in_guests(&parts, &[], &["--ignored"]).run())?;
     stages.run("tests in real guests on the later QEMU", || {
         in_guests(&parts, &[], &["--include-ignored"]).env("PATH", &later_qemu::path_with(&later)).run()

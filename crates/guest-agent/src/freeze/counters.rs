@@ -24,8 +24,8 @@ pub fn counters(device: DeviceNumber) -> Option<Counters> {
     parse(&String::from_utf8_lossy(&text))
 }
 
-/// Source: Linux `Documentation/block/stat.rst`; discards are there since 4.18.
-fn parse(text: &str) -> Option<Counters> {
+/// Reads a device's `stat`. Source: Linux `Documentation/block/stat.rst`; discards are there since 4.18.
+pub fn parse(text: &str) -> Option<Counters> {
     let fields: Vec<u64> = text.split_whitespace().map_while(|field| field.parse().ok()).collect();
     Some(Counters {
         writes: *fields.get(4)?,

@@ -171,15 +171,17 @@ fn disk(folder: &Path, name: String) -> GuestDisk {
     let serial = ["serial", "device/serial"]
         .iter()
         .find_map(|place| attribute(&folder.join(place)))
-        .or_else(|| page_80(&folder.join("device/vpd_pg80")))
+        .or_else(|| {
+            let page = read_bounded(&folder.join("device/vpd_pg80"), ATTRIBUTE_BYTES_MAX).ok()?;
+            unit_serial(&page)
+        })
         .filter(|serial| !serial.is_empty());
     let sectors: u64 = attribute(&folder.join("size")).and_then(|text| text.parse().ok()).unwrap_or(0);
     GuestDisk { name, serial, pci: pci_address(folder), size_bytes: sectors.saturating_mul(512) }
 }
 
-/// SCSI's unit serial number page: four bytes of header, then text.
-fn page_80(path: &Path) -> Option<String> {
-    let page = read_bounded(path, ATTRIBUTE_BYTES_MAX).ok()?;
+/// The serial number in SCSI's unit serial number page (`vpd_pg80`): four bytes of header, then text.
+pub fn unit_serial(page: &[u8]) -> Option<String> {
     Some(
         String::from_utf8_lossy(page.get(4..)?)
             .trim_matches(|c: char| c == '\0' || c.is_whitespace())
@@ -188,7 +190,7 @@ fn page_80(path: &Path) -> Option<String> {
 }
 
 /// The last part of a sysfs path that looks like `0000:00:04.0`: the controller, not the bridges before it.
-fn pci_address(folder: &Path) -> Option<String> {
+pub fn pci_address(folder: &Path) -> Option<String> {
     let looks = |part: &str| {
         part.len() >= 12
             && part.as_bytes()[part.len() - 2] == b'.'

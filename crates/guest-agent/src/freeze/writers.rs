@@ -57,13 +57,13 @@ pub fn writers(
 }
 
 /// The parent's pid. Source: `proc_pid_stat(5)`; the command may hold any byte, so it is looked for from the end.
-fn parent(stat: &[u8]) -> Option<u32> {
+pub fn parent(stat: &[u8]) -> Option<u32> {
     let text = String::from_utf8_lossy(stat);
     text.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// The mount of a descriptor that is open for writing. Source: `proc_pid_fdinfo(5)`; `flags` is octal.
-fn written_mount(info: &str) -> Option<u64> {
+pub fn written_mount(info: &str) -> Option<u64> {
     let value = |name: &str| info.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
     let flags = i32::from_str_radix(value("flags:")?, 8).ok()?;
     let writes = flags & libc::O_ACCMODE != libc::O_RDONLY && flags & libc::O_PATH == 0;
