@@ -5,6 +5,7 @@ pub mod channel;
 pub mod commands;
 pub mod freeze;
 pub mod logging;
+pub mod oom;
 pub mod options;
 pub mod poll;
 pub mod quiesce;

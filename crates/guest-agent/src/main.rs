@@ -37,6 +37,8 @@ fn print(text: &str) -> io::Result<()> {
 
 fn run(mut options: Options) -> ExitCode {
     let (logfile, verbose) = (options.logfile.take(), options.verbose);
+    // Without the right to it, it is still an agent.
+    let _spared = guest_agent::oom::be_spared();
     // What a dead agent left frozen is thawed before anything is opened that may lie there.
     let agent = match Agent::start(options) {
         Ok(agent) => agent,

@@ -232,6 +232,13 @@ fn try_spawn(mut command: Command, exec: &Exec) -> io::Result<Started> {
         command.stdout(writer.try_clone()?).stderr(writer);
         merged = Some(OwnedFd::from(reader));
     }
+    // SAFETY: it makes plain system calls only, which are async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            crate::oom::be_like_others();
+            Ok(())
+        });
+    }
     // A signal meant for the agent's group, or one that the program sends to its own, stays where it belongs.
     let mut child = command.process_group(0).spawn()?;
     // With `command` the writing ends of a merged pipe are dropped, so that its end will be seen.

@@ -48,8 +48,10 @@ pub struct Block {
 /// Everything that the plan needs to know.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
-    /// The agent's own namespace first.
+    /// The agent's own namespace first, whole; of the others as much as can be needed to reach a superblock.
     pub namespaces: Vec<Namespace>,
+    /// Number and superblock of further mounts: a descriptor may lie on them, but nothing is opened through them.
+    pub further: Vec<(u64, DeviceNumber)>,
     /// Block devices under any mounted file system, down to the disks.
     pub blocks: BTreeMap<DeviceNumber, Block>,
     /// Block devices of superblocks that have an anonymous number (btrfs, bcachefs).

@@ -3,6 +3,7 @@
 use super::facts::{Backing, Block, Facts, Namespace, View};
 use super::mountinfo::{self, DeviceNumber, TABLE_BYTES_MAX, TableError};
 use super::plan::{is_on_blocks, is_volatile};
+use super::reach::PLACES_MAX;
 use guest_protocol::stillpoint::{GuestDisk, Reason};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -16,6 +17,10 @@ use std::path::{Path, PathBuf};
 const PROCESSES_MAX: usize = 65_536;
 /// Most mount namespaces read: a container or a sandboxed unit each.
 const NAMESPACES_MAX: usize = 1024;
+/// Most mounts of other namespaces that are kept whole, a few hundred bytes each.
+const PLACES_KEPT_MAX: usize = 65_536;
+/// Most mounts of other namespaces that are numbered besides, 16 bytes each: sandboxed services see all of the host's.
+const NUMBERED_MAX: usize = 1 << 20;
 /// Most bytes of a sysfs file.
 const ATTRIBUTE_BYTES_MAX: u64 = 4096;
 /// Most block devices below one another.
@@ -78,11 +83,13 @@ impl Gatherer {
     /// Containers and sandboxed services mount in namespaces of their own: a process stands for each.
     fn other_namespaces(&self, facts: &mut Facts) {
         let proc = self.root.join("proc");
+        let mut places = Places::of(&facts.namespaces);
         let mut seen: BTreeSet<PathBuf> = fs::read_link(proc.join("self/ns/mnt")).into_iter().collect();
         let Ok(entries) = fs::read_dir(&proc) else { return };
         let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
         for (count, pid) in pids.enumerate() {
-            if count == PROCESSES_MAX || seen.len() > NAMESPACES_MAX {
+            let full = places.kept > PLACES_KEPT_MAX || facts.further.len() > NUMBERED_MAX;
+            if count == PROCESSES_MAX || seen.len() > NAMESPACES_MAX || full {
                 facts.unseen.push(Reason::new(
                     "too_many_namespaces",
                     "/proc",
@@ -99,6 +106,15 @@ impl Gatherer {
             let Ok(mut mounts) = self.table(&pid.to_string()) else { continue };
             seen.insert(namespace);
             mounts.retain(|mount| !is_volatile(&mount.kind));
+            // The likeliest to be opened first, as in the plan.
+            mounts.sort_by_key(|mount| mount.mountpoint.as_os_str().len());
+            mounts.retain(|mount| {
+                let keep = places.keep(mount.device);
+                if !keep {
+                    facts.further.push((mount.id, mount.device));
+                }
+                keep
+            });
             facts.namespaces.push(Namespace { view: View::Process(pid), mounts });
         }
     }
@@ -155,6 +171,30 @@ impl Gatherer {
             }
         }
         Some(Backing::Path(PathBuf::from(shown)))
+    }
+}
+
+/// How many places of each superblock are known: more than are ever tried need no memory.
+struct Places {
+    known: BTreeMap<DeviceNumber, usize>,
+    kept: usize,
+}
+
+impl Places {
+    fn of(namespaces: &[Namespace]) -> Self {
+        let mut known = BTreeMap::new();
+        for mount in namespaces.iter().flat_map(|namespace| &namespace.mounts) {
+            *known.entry(mount.device).or_default() += 1;
+        }
+        Self { known, kept: 0 }
+    }
+
+    fn keep(&mut self, device: DeviceNumber) -> bool {
+        let known = self.known.entry(device).or_default();
+        let keep = *known < PLACES_MAX;
+        *known += usize::from(keep);
+        self.kept += usize::from(keep);
+        keep
     }
 }
 
@@ -311,6 +351,23 @@ mod tests {
         let plan = tree.plan();
         assert_eq!(plan.superblocks.len(), 2);
         assert_eq!(plan.superblocks[0].places.len(), 1);
+    }
+
+    #[test]
+    fn of_a_host_full_of_sandboxes_only_the_places_that_can_be_tried_are_kept() {
+        let tree = Tree::new();
+        tree.file("proc/self/mountinfo", "1 0 8:1 / / rw - ext4 a rw\n").link("proc/self/ns/mnt", "mnt:[1]");
+        for pid in 100..150 {
+            let line = |n: u64| format!("{} 0 8:1 /x /b{n} rw - ext4 a rw\n", pid * 1000 + n);
+            let table: String = (0..100).map(line).collect();
+            tree.file(&format!("proc/{pid}/mountinfo"), &table)
+                .link(&format!("proc/{pid}/ns/mnt"), &format!("mnt:[{pid}]"));
+        }
+        let facts = Gatherer::new(tree.0.path()).gather().unwrap();
+        let kept: usize = facts.namespaces.iter().map(|namespace| namespace.mounts.len()).sum();
+        assert_eq!((kept, facts.further.len(), facts.unseen.len()), (PLACES_MAX, 5001 - PLACES_MAX, 0));
+        let devices = crate::freeze::reach::mount_devices(&facts);
+        assert_eq!(devices.len(), 5001, "a writer is found on any of them");
     }
 
     #[test]

@@ -277,7 +277,7 @@ fn watch(fds: &[RawFd]) -> io::Result<()> {
     }
     // Best effort both: without the right to lock pages or to be spared, it is still a guard.
     let _locked = rustix::mm::mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE).is_ok();
-    let _spared = std::fs::write("/proc/self/oom_score_adj", "-1000").is_ok();
+    let _spared = crate::oom::be_spared();
     say(&line, READY);
 
     let agent = rustix::process::getppid();

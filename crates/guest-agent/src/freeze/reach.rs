@@ -20,7 +20,7 @@ use std::time::Duration;
 /// Longest time for one attempt.
 const ATTEMPT_MAX: Duration = Duration::from_secs(2);
 /// Most places tried for one superblock: a busy container host binds one file system thousands of times.
-const PLACES_MAX: usize = 16;
+pub(super) const PLACES_MAX: usize = 16;
 /// Stack of a thread that opens.
 const STACK_BYTES: usize = 64 << 10;
 
@@ -43,6 +43,7 @@ pub fn mount_devices(facts: &Facts) -> MountDevices {
         .iter()
         .flat_map(|namespace| &namespace.mounts)
         .map(|mount| (mount.id, mount.device))
+        .chain(facts.further.iter().copied())
         .collect()
 }
 

@@ -84,9 +84,13 @@ impl Records {
         let written = Written { records: self.clone() };
         let path = self.record_path();
         let new = self.folder.join("freeze-undo.json.new");
+        let bytes = serde_json::to_vec(record)?;
         let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec(record)?)?;
-        fs::rename(&new, &path)?;
+        if let Err(error) = file.write_all(&bytes).and_then(|()| fs::rename(&new, &path)) {
+            // A full tmpfs: half a record would only take more of its room.
+            let _removed = fs::remove_file(&new).is_ok();
+            return Err(error);
+        }
         let devices: Vec<DeviceNumber> = record
             .filesystems
             .iter()

@@ -202,15 +202,18 @@ impl Prepared {
             lease_ms: order.lease_ms,
             filesystems: recorded,
         };
-        let machinery = || -> std::io::Result<(Written, Arc<Ledger>, Crew, Guard)> {
-            let (ledger, written) = Records::new(statedir).create(&record)?;
-            let ledger = Arc::new(ledger);
-            expect_within(&ledger, START_MAX + order.prepare + WRITERS_MAX);
-            let crew = Crew::start(&folders, &ledger)?;
-            let guard = Guard::start(&ledger, &folders)?;
-            Ok((written, ledger, crew, guard))
+        let (ledger, record) = match Records::new(statedir).create(&record) {
+            Ok((ledger, written)) => (Arc::new(ledger), written),
+            Err(error) => {
+                let message = format!("the undo record cannot be written to {}: {error}", statedir.display());
+                return Err(failed(evidence, Refusal { code: "statedir_unusable", message }));
+            }
         };
-        let (record, ledger, crew, guard) = match machinery() {
+        expect_within(&ledger, START_MAX + order.prepare + WRITERS_MAX);
+        let machinery = || -> std::io::Result<(Crew, Guard)> {
+            Ok((Crew::start(&folders, &ledger)?, Guard::start(&ledger, &folders)?))
+        };
+        let (crew, guard) = match machinery() {
             Ok(machinery) => machinery,
             Err(error) => {
                 return Err(failed(evidence, Refusal { code: "guard_failed", message: error.to_string() }));

@@ -2,6 +2,8 @@
 
 use crate::guest::Agent;
 use rustix::process::Signal;
+use serde_json::{Value, json};
+use std::io::Write;
 use std::process::Command;
 use std::time::Duration;
 
@@ -33,6 +35,28 @@ fn it_sleeps_while_nobody_talks() {
     std::thread::sleep(Duration::from_secs(1));
     assert_eq!(switches(), before, "it woke up for nothing");
     drop(client);
+}
+
+#[test]
+fn the_kernel_spares_it_when_memory_runs_out_and_not_what_it_starts() {
+    let may =
+        Command::new("sh").args(["-c", "echo -1000 >/proc/self/oom_score_adj"]).output().expect("a shell");
+    if !may.status.success() {
+        writeln!(std::io::stderr(), "SKIPPED: who runs this may not be spared").expect("a standard error");
+        return;
+    }
+    let agent = Agent::start();
+    let score = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", agent.pid())).expect("it runs");
+    assert_eq!(score.trim(), "-1000");
+    let mut client = agent.client();
+    let arguments = json!({"path": "cat", "arg": ["/proc/self/oom_score_adj"], "capture-output": true});
+    let started = client.call("guest-exec", arguments);
+    let mut status = Value::Null;
+    crate::guest::until("it ends", || {
+        status = client.call("guest-exec-status", started.clone());
+        status["exited"] == true
+    });
+    assert_eq!(status["out-data"], "MAo=", "0 and a newline, in base64");
 }
 
 #[test]

@@ -2,7 +2,6 @@
 
 use super::super::channel::{self, Answer, Phase, Request};
 use super::{Program, WORKER_ARGUMENT};
-use std::ffi::CStr;
 use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -170,16 +169,11 @@ impl Read for Bounded<'_> {
 
 /// In the forked child: takes the application's rights and nothing more.
 fn become_user(uid: u32, gid: u32, socket: i32) -> io::Result<()> {
-    const OOM: &CStr = c"/proc/self/oom_score_adj";
+    // The agent is spared by the kernel's out-of-memory killer; a worker has no such privilege.
+    crate::oom::be_like_others();
     let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
-    // SAFETY: plain system calls on values and a constant string; each is async-signal-safe.
+    // SAFETY: plain system calls on values; each is async-signal-safe.
     unsafe {
-        // The agent may be spared by the kernel's out-of-memory killer; a worker has no such privilege.
-        let file = libc::open(OOM.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
-        if file >= 0 {
-            libc::write(file, c"0".as_ptr().cast(), 1);
-            libc::close(file);
-        }
         let _session = libc::setsid();
         check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
         check(libc::fcntl(socket, libc::F_SETFD, 0))?;
