@@ -6,7 +6,7 @@ use crate::quiesce::kinds::Found;
 use crate::quiesce::process::{Process, read_below};
 use crate::quiesce::root::{Root, UNKNOWN_DEVICE};
 use crate::quiesce::worker::Errand;
-use rustix::fs::{FileType, fstat};
+use rustix::fs::{FileType, fstat, fstatvfs};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -23,6 +23,8 @@ const ENTRIES_MAX: usize = 1024;
 const SMALL_FILE_BYTES_MAX: u64 = 16 << 10;
 /// Longest `/etc/passwd` that is read.
 const PASSWD_BYTES_MAX: u64 = 1 << 20;
+/// One segment of the log: with less, the next one cannot be begun.
+const ROOM_BYTES_MIN: u64 = 16 << 20;
 /// Longest role name. Source: `NAMEDATALEN` in PostgreSQL's `pg_config_manual.h`.
 const ROLE_BYTES_MAX: usize = 63;
 
@@ -172,11 +174,27 @@ impl Server {
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Socket && stat.st_uid == uid => {}
             _ => return unreachable(format!("{} is not the server's socket", path.display())),
         }
+        if let Some(short) = self.short_of_room() {
+            return Err(short);
+        }
         let order = Order { server_pid: self.process.pid, server_uid: uid, roles: self.roles() };
         match serde_json::to_value(order) {
             Ok(order) => Ok(Errand { uid, gid: self.process.gid, socket, order }),
             Err(error) => unreachable(error.to_string()),
         }
+    }
+
+    /// A checkpoint makes small files, and a server that cannot make them ends itself (PANIC). It would come to that by
+    /// itself, but not now and not because of us.
+    fn short_of_room(&self) -> Option<Note> {
+        let log = self.root.open(&self.data_path.join("pg_wal"));
+        let places = [fstatvfs(&self.data).ok(), log.ok().and_then(|place| fstatvfs(place).ok())];
+        let free_bytes = places.into_iter().flatten().map(|facts| facts.f_bavail * facts.f_frsize).min()?;
+        (free_bytes < ROOM_BYTES_MIN).then(|| {
+            let message =
+                format!("only {free_bytes} bytes are left to it: a checkpoint could end the server");
+            Note::new("no_room", message)
+        })
     }
 
     /// The owner's name as the server sees it (what `peer` asks for), the usual name, and the one that container
