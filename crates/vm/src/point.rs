@@ -18,6 +18,7 @@ pub mod claim;
 mod cut;
 pub mod plan;
 pub mod restart;
+mod settle;
 pub mod steps;
 pub mod undo;
 

@@ -2,6 +2,7 @@
 
 use crate::monitor::{Monitor, MonitorError};
 use crate::point::plan::{DiskPlan, Plan};
+use crate::point::settle::settled;
 use crate::point::steps::{Step, StepError};
 use qmp::bitmap::{Bitmap, BlockDirtyBitmapEnable, BlockDirtyBitmapMerge, BlockDirtyBitmapRemove};
 use qmp::block::{Device, Node, QueryBlock, QueryNamedBlockNodes};
@@ -56,6 +57,9 @@ pub enum UndoError {
     /// The monitor cannot be asked.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
+    /// Taking the filters out would make the guest wait for a disk that does not answer.
+    #[error("the disk of {} does not answer, so what an earlier run put into the VM stays, where it disturbs nobody", .0.display())]
+    ScratchHangs(PathBuf),
     /// Something could not be removed.
     #[error("parts of an earlier run could not be removed from the VM: {}", .0.join("; "))]
     Left(Vec<String>),
@@ -73,6 +77,10 @@ pub trait Place {
     /// # Errors
     /// See [`StepError`].
     fn run(&mut self, step: &Step) -> Result<(), StepError>;
+    /// Waits until no write to the plan's scratch is under way; false if that takes too long.
+    fn settles(&mut self, _plan: &Plan) -> bool {
+        true
+    }
     /// Lets time go by.
     fn pause(&mut self, time: Duration);
 }
@@ -84,6 +92,10 @@ impl Place for Monitor {
 
     fn run(&mut self, step: &Step) -> Result<(), StepError> {
         step.run(self)
+    }
+
+    fn settles(&mut self, plan: &Plan) -> bool {
+        self.peer().is_none_or(|qemu| settled(plan, qemu.pid))
     }
 
     fn pause(&mut self, time: Duration) {
@@ -98,9 +110,16 @@ impl Place for Monitor {
 pub fn release(place: &mut impl Place, plan: &Plan, outcome: Outcome) -> Result<(), UndoError> {
     let mut failures = vec![];
     for round in 0..ROUNDS_MAX {
-        let steps = steps(plan, &place.look(plan)?, outcome);
+        let facts = place.look(plan)?;
+        let mut steps = steps(plan, &facts, outcome);
         if steps.is_empty() {
             return Ok(());
+        }
+        if steps[0] == Step::Resume {
+            // A paused guest waits for nothing else.
+            steps.truncate(1);
+        } else if is_filtered(plan, &facts) && !place.settles(plan) {
+            return Err(UndoError::ScratchHangs(plan.folder.clone()));
         }
         if round > 0 && !failures.is_empty() {
             place.pause(PAUSE);
@@ -168,9 +187,8 @@ pub fn steps(plan: &Plan, facts: &Facts, outcome: Outcome) -> Vec<Step> {
     let node = |name: &str| facts.nodes.iter().any(|node| node.node_name.as_deref() == Some(name));
     let mut steps = vec![];
     // Filters without their access nodes on a paused VM: whoever cut died before `cont`, and so did its restarter.
-    let filtered = plan.disks.iter().any(|disk| in_place(facts, &disk.filter_node));
     let stopped_by_us = plan.running && facts.status.status == "paused";
-    if stopped_by_us && filtered && !plan.disks.iter().any(|disk| node(&disk.access_node)) {
+    if stopped_by_us && is_filtered(plan, facts) && !plan.disks.iter().any(|disk| node(&disk.access_node)) {
         steps.push(Step::Resume);
     }
     for disk in plan.disks.iter().rev() {
@@ -200,7 +218,9 @@ pub fn steps(plan: &Plan, facts: &Facts, outcome: Outcome) -> Vec<Step> {
         }
     }
     let ours = |export: &Export| plan.disks.iter().any(|disk| disk.export == export.id);
-    if facts.server_listens && facts.exports.iter().all(ours) {
+    // An export of ours lives in no server but ours, also where someone made room and removed its socket.
+    let server_is_ours = facts.server_listens || facts.exports.iter().any(ours);
+    if server_is_ours && facts.exports.iter().all(ours) {
         steps.push(Step::StopServer);
     }
     steps.extend(facts.files.iter().filter(|path| **path != plan.socket).cloned().map(Step::RemoveFile));
@@ -212,6 +232,10 @@ pub fn steps(plan: &Plan, facts: &Facts, outcome: Outcome) -> Vec<Step> {
         steps.push(Step::RemoveFolder(plan.folder.clone()));
     }
     steps
+}
+
+fn is_filtered(plan: &Plan, facts: &Facts) -> bool {
+    plan.disks.iter().any(|disk| in_place(facts, &disk.filter_node))
 }
 
 fn in_place(facts: &Facts, filter: &str) -> bool {
@@ -397,7 +421,16 @@ mod tests {
         assert!(!show(&facts, Outcome::Kept).iter().any(|step| step == "StopServer"));
         let mut facts = in_the_middle();
         facts.server_listens = false; // the server that runs, if any, does not listen on our socket
+        facts.exports.clear();
         assert!(!show(&facts, Outcome::Kept).iter().any(|step| step == "StopServer"));
+    }
+
+    #[test]
+    fn a_server_whose_socket_was_removed_is_known_by_its_exports() {
+        let mut facts = in_the_middle();
+        (facts.server_listens, facts.folder) = (false, false);
+        facts.files.clear();
+        assert!(show(&facts, Outcome::Dropped).iter().any(|step| step == "StopServer"));
     }
 
     #[test]
