@@ -1,9 +1,11 @@
-//! The host's disks run full in the middle of a run: the snapshot breaks, the guest does not, the store stays sound.
+//! The host's disks run full, or slow, at any step of a run: the snapshot breaks, the guest does not, the store stays sound.
 
+use rustix::process::Signal;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
-use vm_tests::{Guest, Stillpoint};
+use std::time::{Duration, Instant};
+use vm_tests::{BlockGraph, Ended, Guest, Running, Stillpoint};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -37,12 +39,9 @@ fn a_full_scratch_and_a_full_repository_break_the_snapshot_and_nothing_else() {
     assert_eq!(well["level"], "filesystem", "{well}");
 
     println!("-- the repository runs full");
-    let aside = stillpoint.path("aside");
     let repository = stillpoint.repository();
-    copy(&repository, &aside);
-    let small = Small::over(&repository, "1g");
-    copy(&aside, &repository);
-    small.shrink_to_leave(8 << 20);
+    let small = Small::with_content(&repository);
+    small.leave(8 << 20);
     guest.exec("dd if=/dev/urandom of=/var/lib/postgresql/much bs=1M count=40 conv=fsync").success();
     let before = guest.block_graph();
     let ended = stillpoint.run(&["snapshot", "db1", "--disk", "disk-data"]).expect("it ends");
@@ -51,10 +50,281 @@ fn a_full_scratch_and_a_full_repository_break_the_snapshot_and_nothing_else() {
     println!("writes go on after {:.1?}", guest.writes_go_on(LIMIT));
     assert_eq!(guest.block_graph(), before);
     stillpoint.assert_sound(1);
-    small.remount("1g");
+    small.grow();
     let well = stillpoint.must(&["snapshot", "db1", "--disk", "disk-data"]);
     assert_eq!(well["disks"][0]["method"], "bitmap", "{well}");
     stillpoint.assert_sound(2);
+}
+
+/// Longest wait of a guest's write for a slow scratch; `SCRATCH_WAIT_S` in the engine.
+const SCRATCH_WAIT: Duration = Duration::from_secs(5);
+/// An emulated guest's acknowledgements come late on a loaded machine.
+const LATE: Duration = Duration::from_secs(5);
+/// More files than a run makes on the host, in any one folder.
+const FILES_MAX: u64 = 16;
+
+#[test]
+fn a_killed_program_and_a_slow_scratch_hold_up_no_write_of_the_guest() {
+    let mut host = Host::new();
+
+    println!("-- killed in the copy, and only then scratch runs full");
+    let scratch = Small::over(&host.scratch(), "4m");
+    let run = host.in_the_copy();
+    run.signal(Signal::KILL);
+    assert_eq!(run.wait().expect("it ends").code(), -1);
+    host.overwrite();
+    until("a full scratch", || scratch.free_bytes() < 1 << 20);
+    host.writes_were_never_refused();
+    assert!(host.guest.block_graph().count("-cbw") > 0, "nobody has cleaned up yet");
+    // Someone makes room in haste, and takes the socket away with it.
+    drop(scratch);
+    host.works("full");
+
+    println!("-- scratch is too slow");
+    match Slow::over(&host.scratch()) {
+        None => {
+            writeln!(io::stderr(), "SKIPPED: a slow scratch needs {THROTTLE}").unwrap_or_default();
+        }
+        Some(slow) => {
+            host.guest
+                .exec(&format!("busybox dd if=/dev/urandom of={MUCH} bs=1M count=64 conv=fsync"))
+                .success();
+            let run = host.in_the_copy();
+            slow.write_bytes_per_second(64 << 10);
+            let begun = Instant::now();
+            let before = slow.used_bytes();
+            host.overwrite();
+            until("copies to scratch", || slow.used_bytes() > before + (64 << 10));
+            run.signal(Signal::CONT);
+            let ended = run.wait().expect("it ends");
+            println!("ended after {:.1?}: {}", begun.elapsed(), ended.stderr.trim_end());
+            let longest = longest_silence(&host.guest, begun);
+            println!("the writers stood for {longest:.1?}");
+            assert!(longest <= SCRATCH_WAIT + LATE, "a write waited for {longest:?}");
+            slow.write_bytes_per_second(1 << 30);
+            // Whether the snapshot was read before it broke is a matter of luck; that nothing is left is not.
+            if ended.status.success() {
+                host.kept();
+            } else {
+                host.refused(&ended, "make room in the state folder");
+            }
+        }
+    }
+    host.works("bitmap");
+    host.stillpoint.assert_sound(host.snapshots);
+}
+
+#[test]
+#[ignore = "long: two minutes"]
+fn whatever_write_the_host_has_no_room_for_nothing_is_lost_and_the_next_run_works() {
+    let mut host = Host::new();
+    host.works("full");
+
+    println!("-- the repository has no room for one file after the other, or for so many bytes");
+    let small = Small::with_content(&host.stillpoint.repository());
+    for files in 0.. {
+        host.change();
+        small.leave_files(files);
+        let ended = host.run();
+        if ended.status.success() {
+            assert!(files >= 3, "lease, pack and manifest were each refused once, not only {files}");
+            host.kept();
+            break;
+        }
+        assert!(files < FILES_MAX, "it never works");
+        host.refused(&ended, "the store is full");
+        small.leave_files(1 << 20);
+        host.stillpoint.assert_sound(host.snapshots);
+    }
+    small.leave_files(1 << 20);
+    for bytes in [0, 4096, 64 << 10, 1 << 20] {
+        host.change();
+        small.leave(bytes);
+        let ended = host.run();
+        host.refused(&ended, "the store is full");
+        small.grow();
+        host.stillpoint.assert_sound(host.snapshots);
+    }
+    host.works("bitmap");
+    drop(small);
+
+    println!("-- the state folder has no room for one file after the other, or for so many bytes");
+    let small = Small::with_content(&host.stillpoint.path("state"));
+    let mut refused = 0;
+    for files in 0.. {
+        host.change();
+        small.leave_files(files);
+        let ended = host.run();
+        small.leave_files(1 << 20);
+        if ended.status.success() {
+            host.kept();
+            break;
+        }
+        assert!(files < FILES_MAX, "it never works");
+        refused += 1;
+        host.refused(&ended, "space");
+    }
+    // The journal's note, the run's folder, the scratch file, the server's socket.
+    assert!(refused >= 3, "only {refused} steps were refused a file");
+    for bytes in [0, 4096] {
+        host.change();
+        small.leave(bytes);
+        let ended = host.run();
+        small.grow();
+        host.refused(&ended, "space");
+    }
+    host.works("bitmap");
+    drop(small);
+
+    println!("-- no room for the cache, which nothing depends on");
+    let small = Small::with_content(&host.stillpoint.path("cache"));
+    small.leave(0);
+    host.works("bitmap");
+    drop(small);
+    host.stillpoint.assert_sound(host.snapshots);
+}
+
+/// What the guest's overwriter writes to, in place.
+const MUCH: &str = "/var/lib/postgresql/much";
+
+/// A guest that never stops writing, and what Stillpoint has of it.
+struct Host {
+    guest: Guest,
+    stillpoint: Stillpoint,
+    before: BlockGraph,
+    snapshots: usize,
+}
+
+impl Host {
+    fn new() -> Self {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "this test mounts small file systems, which takes root"
+        );
+        let guest = Guest::builder().append("stillpoint.postgresql=off").start().expect("QEMU starts");
+        println!("our agent after {:.1?}", guest.agent_ready(LIMIT));
+        guest.booted(LIMIT);
+        guest.start_writers();
+        guest.writes_go_on(LIMIT);
+        let stillpoint = Stillpoint::new().expect("a repository");
+        stillpoint.register("db1", &guest.qmp_socket(), Some(&guest.agent_socket())).expect("registered");
+        guest.exec(&format!("busybox dd if=/dev/urandom of={MUCH} bs=1M count=64 conv=fsync")).success();
+        Self { before: guest.block_graph(), guest, stillpoint, snapshots: 0 }
+    }
+
+    fn scratch(&self) -> PathBuf {
+        self.stillpoint.path("state").join("scratch")
+    }
+
+    fn run(&self) -> Ended {
+        self.stillpoint.run(&["snapshot", "db1", "--disk", "disk-data"]).expect("it ends")
+    }
+
+    /// A few blocks that the next increment has to hold.
+    fn change(&self) {
+        self.guest
+            .exec(&format!("busybox dd if=/dev/urandom of={MUCH} bs=64k count=32 conv=fsync,notrunc"))
+            .success();
+    }
+
+    /// The run failed as promised: three lines, nothing left in QEMU or on the host, and the guest noticed nothing.
+    #[track_caller]
+    fn refused(&self, ended: &Ended, word: &str) {
+        println!("{}", ended.stderr.trim_end());
+        ended.assert_refused(1, word);
+        assert_eq!(self.guest.block_graph(), self.before);
+        self.nothing_is_left();
+        self.writes_were_never_refused();
+    }
+
+    /// A run works now, and finds its changes in this way.
+    #[track_caller]
+    fn works(&mut self, method: &str) {
+        let well = self.stillpoint.must(&["snapshot", "db1", "--disk", "disk-data"]);
+        assert_eq!(
+            (&well["level"], &well["disks"][0]["method"]),
+            (&"filesystem".into(), &method.into()),
+            "{well}"
+        );
+        self.kept();
+    }
+
+    /// A run worked: it left its bitmap, and nothing else.
+    #[track_caller]
+    fn kept(&mut self) {
+        self.snapshots += 1;
+        self.before = self.guest.block_graph();
+        self.nothing_is_left();
+        self.writes_were_never_refused();
+    }
+
+    #[track_caller]
+    fn nothing_is_left(&self) {
+        let names = |folder: &str| {
+            let entries = std::fs::read_dir(self.stillpoint.path("state").join(folder)).expect("a folder");
+            entries.map(|entry| entry.expect("an entry").file_name()).collect::<Vec<_>>()
+        };
+        let (scratch, journal) = (names("scratch"), names("journal"));
+        assert!(
+            scratch.iter().all(|name| name == "lost+found") && journal.is_empty(),
+            "{scratch:?} {journal:?}"
+        );
+        let vms = names("vms");
+        assert_eq!(vms.len(), 2, "the entry and its lock: {vms:?}");
+    }
+
+    /// Overwrites in place until it is told enough: each block that a run has to keep goes to scratch first. A write
+    /// that fails is noted.
+    fn overwrite(&self) {
+        self.guest.start(&format!(
+            "busybox rm -f /run/enough; until [ -e /run/enough ]; do dd if=/dev/zero of={MUCH} bs=1M count=64 conv=notrunc \
+             oflag=direct || busybox touch /run/refused; done"
+        ));
+    }
+
+    /// Both writers go on, the overwriter was never told of an error, and the kernel saw none.
+    #[track_caller]
+    fn writes_were_never_refused(&self) {
+        println!("writes go on after {:.1?}", self.guest.writes_go_on(LIMIT));
+        self.guest
+            .exec("busybox touch /run/enough; [ ! -e /run/refused ] && ! busybox dmesg | busybox grep -i 'i/o error'")
+            .success();
+    }
+
+    /// A run that reads the disks, and is stopped (as SIGSTOP does) so that it stays there.
+    fn in_the_copy(&self) -> Running {
+        let mut run = self.stillpoint.start(&["snapshot", "db1", "--disk", "disk-data"]).expect("it starts");
+        let copying = || {
+            // Listening, and both ends of one connection: QEMU itself is not asked, as the cut is under way.
+            let sockets = std::fs::read_to_string("/proc/net/unix").expect("the kernel's list");
+            let folder = self.scratch().to_string_lossy().into_owned();
+            sockets.lines().filter(|line| line.contains(&folder) && line.ends_with("/nbd")).count() >= 2
+        };
+        until("the copy", || run.has_ended() || copying());
+        run.signal(Signal::STOP);
+        assert!(!run.has_ended() && copying(), "the copy was over before it was seen");
+        run
+    }
+}
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !done() {
+        assert!(Instant::now() < end, "{what}: not within a minute");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The longest time that either writer stood since then.
+fn longest_silence(guest: &Guest, since: Instant) -> Duration {
+    let acks = guest.acks().so_far();
+    let gaps = ['w', 'x'].map(|kind| {
+        let mut times = vec![since];
+        times.extend(acks.iter().filter(|ack| ack.kind == kind && ack.at > since).map(|ack| ack.at));
+        times.push(Instant::now());
+        times.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
+    });
+    gaps[0].max(gaps[1])
 }
 
 fn sh(command: &mut Command) {
@@ -67,29 +337,111 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// A small file system over a folder, as long as this lives.
-struct Small(PathBuf);
+struct Small {
+    folder: PathBuf,
+    /// What was there goes back there.
+    below: Option<PathBuf>,
+}
 
 impl Small {
     fn over(folder: &Path, size: &str) -> Self {
         let options = format!("size={size},mode=0700");
         sh(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(folder));
-        Self(folder.to_owned())
+        Self { folder: folder.to_owned(), below: None }
     }
 
-    fn remount(&self, size: &str) {
-        sh(Command::new("mount").arg("-o").arg(format!("remount,size={size}")).arg(&self.0));
+    /// One that holds what the folder holds.
+    fn with_content(folder: &Path) -> Self {
+        let aside = folder.with_extension("aside");
+        copy(folder, &aside);
+        let mut small = Self::over(folder, "1g");
+        copy(&aside, folder);
+        small.below = Some(aside);
+        small
     }
 
-    fn shrink_to_leave(&self, bytes: u64) {
-        let facts = rustix::fs::statvfs(&self.0).expect("it is mounted");
+    fn remount(&self, option: &str) {
+        sh(Command::new("mount").arg("-o").arg(format!("remount,{option}")).arg(&self.folder));
+    }
+
+    fn facts(&self) -> rustix::fs::StatVfs {
+        rustix::fs::statvfs(&self.folder).expect("it is mounted")
+    }
+
+    fn free_bytes(&self) -> u64 {
+        self.facts().f_bfree * self.facts().f_frsize
+    }
+
+    /// Leaves room for so many bytes.
+    fn leave(&self, bytes: u64) {
+        let facts = self.facts();
         let used = (facts.f_blocks - facts.f_bfree) * facts.f_frsize;
-        self.remount(&(used + bytes).to_string());
+        self.remount(&format!("size={}", used + bytes));
+    }
+
+    /// Leaves room for so many files.
+    fn leave_files(&self, files: u64) {
+        let facts = self.facts();
+        self.remount(&format!("nr_inodes={}", facts.f_files - facts.f_ffree + files));
+    }
+
+    fn grow(&self) {
+        self.remount("size=1g");
     }
 }
 
 impl Drop for Small {
     fn drop(&mut self) {
+        if let Some(below) = &self.below {
+            // What came since goes below, too; if that fails, the test has failed already or will.
+            let _copied = Command::new("cp").arg("-aT").arg(&self.folder).arg(below).status();
+        }
         // Lazily, so that it goes even if a run that failed the test still holds a file in it.
-        let _ended = Command::new("umount").arg("--lazy").arg(&self.0).status();
+        let _ended = Command::new("umount").arg("--lazy").arg(&self.folder).status();
+        if let Some(below) = &self.below {
+            let _removed = std::fs::remove_dir_all(&self.folder);
+            let _renamed = std::fs::rename(below, &self.folder);
+        }
+    }
+}
+
+/// Where the machine's own group of processes is told how fast a device may be written. Source: Linux
+/// `Documentation/admin-guide/cgroup-v1/blkio-controller.rst`.
+const THROTTLE: &str = "/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device";
+
+/// A file system whose device can be slowed down, and that writes at once.
+struct Slow {
+    folder: PathBuf,
+    number: String,
+    _image: tempfile::NamedTempFile,
+}
+
+impl Slow {
+    fn over(folder: &Path) -> Option<Self> {
+        std::fs::metadata(THROTTLE).ok()?;
+        let image = tempfile::NamedTempFile::new().expect("a file");
+        image.as_file().set_len(128 << 20).expect("a size");
+        sh(Command::new("mkfs.ext4").arg("-q").arg(image.path()));
+        sh(Command::new("mount").args(["-o", "loop,sync"]).arg(image.path()).arg(folder));
+        let device = std::os::unix::fs::MetadataExt::dev(&std::fs::metadata(folder).expect("it is there"));
+        let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+        Some(Self { folder: folder.to_owned(), number, _image: image })
+    }
+
+    fn used_bytes(&self) -> u64 {
+        let facts = rustix::fs::statvfs(&self.folder).expect("it is mounted");
+        (facts.f_blocks - facts.f_bfree) * facts.f_frsize
+    }
+
+    fn write_bytes_per_second(&self, bytes: u64) {
+        std::fs::write(THROTTLE, format!("{} {bytes}", self.number)).expect("a limit");
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        // 0 takes the limit away, or the unmounting would crawl.
+        let _set = std::fs::write(THROTTLE, format!("{} 0", self.number));
+        let _ended = Command::new("umount").arg("--lazy").arg(&self.folder).status();
     }
 }

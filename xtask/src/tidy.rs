@@ -116,8 +116,9 @@ fn has_test(source: &str, name: &str) -> bool {
             attributes.push(line);
             continue;
         }
-        let is_run =
-            attributes.contains(&"#[test]") && !attributes.iter().any(|one| one.starts_with("#[ignore"));
+        // What takes long is run by `test-long`.
+        let left_out = |one: &&&str| one.starts_with("#[ignore") && !one.starts_with("#[ignore = \"long: ");
+        let is_run = attributes.contains(&"#[test]") && !attributes.iter().any(|one| left_out(&one));
         if (is_function(line) && is_run) || (has_scenes && is_scene(line)) {
             return true;
         }
@@ -135,8 +136,10 @@ mod tests {
         let text = "| a | `crates/x/src/a.rs::it_holds`, `docs/b.md`, `std::fs` |\n`c.rs::d`";
         assert_eq!(tests(text).collect::<Vec<_>>(), [(1, "crates/x/src/a.rs", "it_holds"), (2, "c.rs", "d")]);
         let source = "    #[test]\n    #[cfg(unix)]\n    fn it_holds() {\n}\nfn helper() {}\n\
-                      #[test]\n#[ignore = \"slow\"]\nfn left_out() {}\nscenes! {\n    a_scene: ext4, |inside| {}\n";
-        assert!(has_test(source, "it_holds") && has_test(source, "a_scene"));
+                      #[test]\n#[ignore = \"slow\"]\nfn left_out() {}\n#[test]\n#[ignore = \"long: x\"]\nfn lasts() {}\nscenes! {\n    a_scene: ext4, |inside| {}\n";
+        for one in ["it_holds", "a_scene", "lasts"] {
+            assert!(has_test(source, one), "{one}");
+        }
         for none in ["it_hold", "helper", "left_out", "missing", ""] {
             assert!(!has_test(source, none), "{none}");
         }

@@ -212,8 +212,11 @@ pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), RegisterErr
     let new = path.with_extension("new");
     let mut file =
         OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&new).map_err(io)?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io)?;
-    fs::rename(&new, path).map_err(io)?;
+    let written = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&new, path));
+    if let Err(error) = written {
+        let _ = fs::remove_file(&new); // half a file on a full disk is in nobody's way but ours
+        return Err(io(error));
+    }
     let folder = path.parent().unwrap_or(Path::new("."));
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(io)
 }

@@ -180,6 +180,10 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
             Exit::Failed,
             "use QEMU 9 or later, attach the disk without an I/O thread, or leave it out with --disk",
         ),
+        SnapshotError::Point(PointError::Step(step)) if step.is_out_of_space() => plain(
+            Exit::Failed,
+            "make room in the state folder, or give another with --state, and try again; the VM was not disturbed",
+        ),
         SnapshotError::Point(_) => plain(Exit::Failed, "see the cause, and try again; the disks are sound"),
         SnapshotError::Freeze { thawed, .. } => {
             let state = if *thawed {

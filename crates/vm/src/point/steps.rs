@@ -93,6 +93,22 @@ pub enum StepError {
     Unfinished(String),
 }
 
+impl StepError {
+    /// The host's disk, or a quota on it, has no room for scratch. QEMU says so in the C library's words only.
+    pub fn is_out_of_space(&self) -> bool {
+        let told =
+            |words: &str| words.contains("No space left on device") || words.contains("Disk quota exceeded");
+        match self {
+            Self::File { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            }
+            Self::Monitor(MonitorError::Failed { error, .. }) => told(&error.desc),
+            Self::Format(words) => told(words),
+            _ => false,
+        }
+    }
+}
+
 impl Step {
     /// Carries the step out. Files and folders are given to the user that made the monitor's socket, if that is
     /// another than ours and we may.
