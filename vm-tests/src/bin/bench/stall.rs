@@ -4,6 +4,7 @@
 //! guest, by those who wait: a host's own times begin too early and end too late.
 
 mod figures;
+mod idle;
 mod kernel;
 mod taken;
 
@@ -59,6 +60,7 @@ pub(crate) fn run(snapshots: u32, dirty_mib_per_s: u32) -> Result<(), String> {
     guest.booted(limit);
     guest.agent_ready(limit);
     guest.postgresql_ready(limit);
+    idle::run(&guest, turns.contains(&Turn::Older))?;
     let stillpoint = Stillpoint::new()?;
     let disks = taken::first(&guest, &stillpoint)?;
     let mut stock = Stock::new(&guest, disks)?;
@@ -209,6 +211,14 @@ fn report(
     }
     let stock_row = row("stock, from the freeze command", &stock_windows)?;
     row("quiet", quiets)?;
+    println!("only what was under way while the guest was frozen:");
+    for (name, all) in [("ours", ours), ("older", older), ("stock", stocks)] {
+        let frozen: Vec<Span> = all.iter().map(|taken| taken.frozen).collect();
+        let [a, b, c] = Wait::ALL.map(|wait| Longest::met(noted, wait, &frozen).to_string());
+        if !frozen.is_empty() {
+            println!("{name:38} {a:>16} {b:>16} {c:>16}");
+        }
+    }
     let mut judged = Vec::new();
     println!("\nsingle waits in quiet times, ms: p50 / p99 / maximum");
     for (at, wait) in Wait::ALL.into_iter().enumerate() {

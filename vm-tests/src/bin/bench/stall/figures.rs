@@ -169,8 +169,17 @@ impl Longest {
         for window in windows {
             each.push(noted.longest(wait, *window)?.ms());
         }
+        Ok(Self::among(each))
+    }
+
+    /// Of those that were under way in a short window. Nobody may have waited then.
+    pub(crate) fn met(noted: &Noted, wait: Wait, windows: &[Span]) -> Self {
+        Self::among(windows.iter().map(|window| noted.longest(wait, *window).map_or(0.0, Span::ms)).collect())
+    }
+
+    fn among(mut each: Vec<f64>) -> Self {
         each.sort_by(f64::total_cmp);
-        Ok(Self { median: quantile(&each, 0.5), max: quantile(&each, 1.0) })
+        Self { median: quantile(&each, 0.5), max: quantile(&each, 1.0) }
     }
 }
 
