@@ -74,8 +74,9 @@ pub fn signal(pattern: &str, signals: &[&str]) -> String {
 /// How much of an ordeal a guest goes through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
-    /// Each death once; every fourth is followed by a run that has to be whole, and so is the last.
-    Once,
+    /// Every second death, alternating, once; every fourth of them is followed by a run that has to be whole, and so is the
+    /// last.
+    Half,
     /// Each death three times, and each is followed by such a run.
     ThreeTimes,
 }
@@ -83,7 +84,7 @@ pub enum Extent {
 impl Extent {
     /// The rounds, numbered for people.
     pub fn rounds(self) -> std::ops::RangeInclusive<usize> {
-        1..=if self == Self::Once { 1 } else { 3 }
+        1..=if self == Self::Half { 1 } else { 3 }
     }
 }
 
@@ -101,6 +102,7 @@ pub struct Ordeal {
     untouched: Vec<String>,
     kept: usize,
     deaths: usize,
+    steps: usize,
     /// Of guests before this one, with the disks that it uses.
     folders: Vec<tempfile::TempDir>,
 }
@@ -132,6 +134,7 @@ impl Ordeal {
             untouched: vec![],
             kept,
             deaths: 0,
+            steps: 0,
             folders: vec![],
         };
         ordeal.is_well();
@@ -150,6 +153,14 @@ impl Ordeal {
     pub fn run(&self, lease_s: u32) -> Running {
         let lease = lease_s.to_string();
         self.stillpoint.start(&["snapshot", "db1", "--lease", &lease]).expect("it starts")
+    }
+
+    /// Whether the next death of the list is died.
+    pub fn takes(&mut self) -> bool {
+        let step = self.steps;
+        self.steps += 1;
+        // Who dies at four steps dies at the first and the third, the next at the second and the fourth.
+        self.extent == Extent::ThreeTimes || (step + step / 4).is_multiple_of(2)
     }
 
     /// Waits until a gate holds what it was told to.
@@ -274,6 +285,17 @@ impl Ordeal {
         let thawed = lines.next().expect("an answer to the thaw");
         println!("   {thawed} after {:.1?}", asked.elapsed());
         assert!(thawed.starts_with("{\"return\": "), "{thawed}");
+    }
+
+    /// Takes the gate away from the monitor, whose other end is then QEMU's own process, as for a user.
+    ///
+    /// # Panics
+    /// If the VM cannot be registered anew.
+    #[track_caller]
+    pub fn monitor_without_gate(&self) {
+        self.stillpoint.must(&["vm", "remove", "db1"]);
+        let registered = self.stillpoint.register("db1", &self.guest.qmp_socket(), Some(self.agent.socket()));
+        registered.expect("registered");
     }
 
     /// Ends QEMU as a crash would.

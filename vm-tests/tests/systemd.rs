@@ -11,7 +11,7 @@ const LEASE_S: u32 = 60;
 
 #[test]
 fn whoever_dies_on_a_frozen_root_systemd_starts_the_agent_again_at_once() {
-    deaths_under_systemd(Extent::Once);
+    deaths_under_systemd(Extent::Half);
 }
 
 #[test]
@@ -48,6 +48,9 @@ fn deaths_under_systemd(extent: Extent) {
             for (step, name) in
                 [(At::Answered("stillpoint-freeze"), "before"), (At::Asked("stillpoint-thaw"), "after")]
             {
+                if !ordeal.takes() {
+                    continue;
+                }
                 println!("-- {round}: {victim:?} killed while the root is frozen, {name} the point");
                 ordeal.agent.hold(step);
                 let mut run = ordeal.run(LEASE_S);

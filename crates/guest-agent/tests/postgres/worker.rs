@@ -173,16 +173,23 @@ fn ask(agent: &mut UnixStream, frame: &str) {
 }
 
 fn ends(worker: &mut std::process::Child) {
-    until("the worker's end", || worker.try_wait().unwrap().is_some());
+    within_seconds(ENDS_MAX_S, "the worker's end", || worker.try_wait().unwrap().is_some());
 }
 
 fn session_ends(server: &Server) {
     let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'stillpoint'";
-    until("its session's end", || server.sql(sessions) == "0");
+    within_seconds(ENDS_MAX_S, "its session's end", || server.sql(sessions) == "0");
 }
 
-fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let until = within(10);
+/// Shorter than the five seconds for which a statement of ours waits for a lock.
+const ENDS_MAX_S: u64 = 3;
+
+fn until(what: &str, holds: impl FnMut() -> bool) {
+    within_seconds(30, what, holds);
+}
+
+fn within_seconds(limit_s: u64, what: &str, mut holds: impl FnMut() -> bool) {
+    let until = within(limit_s);
     while !holds() {
         assert!(Instant::now() < until, "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(20));
