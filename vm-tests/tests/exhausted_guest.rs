@@ -15,6 +15,7 @@ const THAW_LATE_MAX_MS: u64 = 1000;
 static GO_ON: AtomicBool = AtomicBool::new(false);
 
 #[test]
+#[ignore = "long: two minutes"]
 fn a_guest_without_space_or_memory_keeps_its_writes_its_database_and_its_thaw() {
     let guest = Guest::builder().start().expect("QEMU starts");
     println!(
