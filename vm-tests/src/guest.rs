@@ -397,6 +397,18 @@ impl Guest {
         began.elapsed()
     }
 
+    /// The longest time that either writer without fsync stood since then.
+    pub fn longest_silence(&self, since: Instant) -> Duration {
+        let acks = self.acks().so_far();
+        let gaps = ['w', 'x'].map(|kind| {
+            let mut times = vec![since];
+            times.extend(acks.iter().filter(|ack| ack.kind == kind && ack.at > since).map(|ack| ack.at));
+            times.push(Instant::now());
+            times.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
+        });
+        gaps[0].max(gaps[1])
+    }
+
     /// Starts pgbench's own transactions, `clients` at once, for at most `seconds`.
     pub fn start_pgbench(&self, clients: u32, seconds: u32) {
         self.start(&format!(

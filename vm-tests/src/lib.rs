@@ -49,4 +49,4 @@ pub use ordeal::{Extent, Ordeal, Victim, signal};
 pub use process::spawn;
 pub use proof::{Found, Promised, prove, snapshot_id};
 pub use qemu::{Disk, Machine};
-pub use stillpoint::{Ended, Running, Stillpoint, Twin};
+pub use stillpoint::{Ended, Running, Stillpoint, Twin, until, writing_guest};

@@ -1,5 +1,6 @@
 //! The product as a user runs it: the program `stillpoint`, its repository and its state folder.
 
+use crate::guest::Guest;
 use serde_json::Value;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
@@ -22,6 +23,36 @@ pub struct Stillpoint {
     state: String,
     /// The option that names the secret, and its file.
     secret: (&'static str, &'static str),
+}
+
+/// A guest without PostgreSQL whose writers work, and an empty repository; there it is `db1`.
+///
+/// # Panics
+/// If the guest does not come so far.
+#[must_use]
+pub fn writing_guest() -> (Guest, Stillpoint) {
+    const LIMIT: Duration = Duration::from_secs(30);
+    let guest = Guest::builder().append("stillpoint.postgresql=off").start().expect("QEMU starts");
+    println!("our agent after {:.1?}", guest.agent_ready(LIMIT));
+    guest.booted(LIMIT);
+    guest.start_writers();
+    guest.writes_go_on(LIMIT);
+    let stillpoint = Stillpoint::new().expect("a repository");
+    stillpoint.register("db1", &guest.qmp_socket(), Some(&guest.agent_socket())).expect("registered");
+    (guest, stillpoint)
+}
+
+/// Waits for something that comes soon, looking every few milliseconds.
+///
+/// # Panics
+/// If it has not come within a minute.
+#[track_caller]
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !done() {
+        assert!(Instant::now() < end, "{what}: not within a minute");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// How a command ended.

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 use vm::agent::Agent;
-use vm_tests::{Guest, Stillpoint};
+use vm_tests::{Guest, Stillpoint, writing_guest};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// A guest thaws without its host one second after the lease at the latest, by its own clock.
@@ -171,13 +171,7 @@ const GUARD_LOCKED_KIB_MAX: u64 = 64 << 10;
 
 #[test]
 fn a_guest_with_thousands_of_mounts_is_frozen_in_bounded_time_and_memory() {
-    let guest = Guest::builder().append("stillpoint.postgresql=off").start().expect("QEMU starts");
-    println!("our agent after {:.1?}", guest.agent_ready(LIMIT));
-    guest.booted(LIMIT);
-    guest.start_writers();
-    guest.writes_go_on(LIMIT);
-    let stillpoint = Stillpoint::new().expect("a repository");
-    stillpoint.register("db1", &guest.qmp_socket(), Some(&guest.agent_socket())).expect("registered");
+    let (guest, stillpoint) = writing_guest();
     let few = stillpoint.must(&["snapshot", "db1"]);
     let before = memory(&guest, "stillpoint-agent", "VmHWM");
 

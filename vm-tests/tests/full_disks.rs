@@ -5,20 +5,14 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use vm_tests::{BlockGraph, Ended, Guest, Running, Stillpoint};
+use vm_tests::{BlockGraph, Ended, Guest, Running, Stillpoint, until, writing_guest};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
 #[test]
 fn a_full_scratch_and_a_full_repository_break_the_snapshot_and_nothing_else() {
     assert!(rustix::process::geteuid().is_root(), "this test mounts small file systems, which takes root");
-    let guest = Guest::builder().append("stillpoint.postgresql=off").start().expect("QEMU starts");
-    println!("our agent after {:.1?}", guest.agent_ready(LIMIT));
-    guest.booted(LIMIT);
-    guest.start_writers();
-    guest.writes_go_on(LIMIT);
-    let stillpoint = Stillpoint::new().expect("a repository");
-    stillpoint.register("db1", &guest.qmp_socket(), Some(&guest.agent_socket())).expect("registered");
+    let (guest, stillpoint) = writing_guest();
     guest.exec("busybox dd if=/dev/urandom of=/var/lib/postgresql/much bs=1M count=64 conv=fsync").success();
     let before = guest.block_graph();
 
@@ -98,7 +92,7 @@ fn a_killed_program_and_a_slow_scratch_hold_up_no_write_of_the_guest() {
             run.signal(Signal::CONT);
             let ended = run.wait().expect("it ends");
             println!("ended after {:.1?}: {}", begun.elapsed(), ended.stderr.trim_end());
-            let longest = longest_silence(&host.guest, begun);
+            let longest = host.guest.longest_silence(begun);
             println!("the writers stood for {longest:.1?}");
             assert!(longest <= SCRATCH_WAIT + LATE, "a write waited for {longest:?}");
             slow.write_bytes_per_second(1 << 30);
@@ -201,13 +195,7 @@ impl Host {
             rustix::process::geteuid().is_root(),
             "this test mounts small file systems, which takes root"
         );
-        let guest = Guest::builder().append("stillpoint.postgresql=off").start().expect("QEMU starts");
-        println!("our agent after {:.1?}", guest.agent_ready(LIMIT));
-        guest.booted(LIMIT);
-        guest.start_writers();
-        guest.writes_go_on(LIMIT);
-        let stillpoint = Stillpoint::new().expect("a repository");
-        stillpoint.register("db1", &guest.qmp_socket(), Some(&guest.agent_socket())).expect("registered");
+        let (guest, stillpoint) = writing_guest();
         guest.exec(&format!("busybox dd if=/dev/urandom of={MUCH} bs=1M count=64 conv=fsync")).success();
         Self { before: guest.block_graph(), guest, stillpoint, snapshots: 0 }
     }
@@ -305,26 +293,6 @@ impl Host {
         assert!(!run.has_ended() && copying(), "the copy was over before it was seen");
         run
     }
-}
-
-fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(60);
-    while !done() {
-        assert!(Instant::now() < end, "{what}: not within a minute");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-/// The longest time that either writer stood since then.
-fn longest_silence(guest: &Guest, since: Instant) -> Duration {
-    let acks = guest.acks().so_far();
-    let gaps = ['w', 'x'].map(|kind| {
-        let mut times = vec![since];
-        times.extend(acks.iter().filter(|ack| ack.kind == kind && ack.at > since).map(|ack| ack.at));
-        times.push(Instant::now());
-        times.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
-    });
-    gaps[0].max(gaps[1])
 }
 
 fn sh(command: &mut Command) {

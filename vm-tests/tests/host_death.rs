@@ -4,7 +4,7 @@
 use rustix::process::Signal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use vm_tests::{Guest, Running, Stillpoint};
+use vm_tests::{Guest, Running, Stillpoint, until, writing_guest};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// Lease of the runs that die, in seconds.
@@ -17,13 +17,7 @@ const STILL: Duration = Duration::from_millis(700);
 
 #[test]
 fn a_guest_goes_on_without_its_host_and_the_next_run_cleans_up() {
-    let guest = Guest::builder().append("stillpoint.postgresql=off").start().expect("QEMU starts");
-    println!("our agent after {:.1?}", guest.agent_ready(LIMIT));
-    guest.booted(LIMIT);
-    guest.start_writers();
-    guest.writes_go_on(LIMIT);
-    let stillpoint = Stillpoint::new().expect("a repository");
-    stillpoint.register("db1", &guest.qmp_socket(), Some(&guest.agent_socket())).expect("registered");
+    let (guest, stillpoint) = writing_guest();
     let untouched = guest.block_graph();
 
     println!("-- killed in the freeze");
@@ -133,14 +127,6 @@ fn in_the_copy(stillpoint: &Stillpoint) -> Running {
     run
 }
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(60);
-    while !done() {
-        assert!(Instant::now() < end, "{what}: not within a minute");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
 fn listed(stillpoint: &Stillpoint) -> usize {
     stillpoint.must(&["snapshots"])["snapshots"].as_array().expect("a list").len()
 }
@@ -165,15 +151,8 @@ fn silence(guest: &Guest) -> Duration {
 
 /// The longest time that either writer stood, from a moment ago until the guest has gone on for a while.
 fn longest_silence(guest: &Guest, watch: Duration) -> Duration {
+    let moment = Duration::from_secs(10);
+    let since = Instant::now().checked_sub(moment).expect("the machine is up longer");
     std::thread::sleep(watch);
-    let acks = guest.acks().so_far();
-    let recent =
-        Instant::now().checked_sub(watch + Duration::from_secs(10)).expect("the machine is up longer");
-    let gaps = ['w', 'x'].map(|kind| {
-        let mut times: Vec<Instant> =
-            acks.iter().filter(|ack| ack.kind == kind && ack.at > recent).map(|ack| ack.at).collect();
-        times.push(Instant::now());
-        times.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(watch)
-    });
-    gaps[0].max(gaps[1])
+    guest.longest_silence(since)
 }
