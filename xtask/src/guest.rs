@@ -1,6 +1,7 @@
 //! The guest image in its cache, and the programs that are delivered into guests.
 
 use crate::stage::{cargo, program, root};
+use crate::targets;
 use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -58,14 +59,7 @@ fn programs() -> Result<PathBuf, String> {
         program("rustup", &["target", "add", TARGET]).run()?;
         cargo(&build).run()?;
     }
-    Ok(target_folder()?.join(TARGET).join("agent"))
-}
-
-fn target_folder() -> Result<PathBuf, String> {
-    let metadata = cargo(&["metadata", "--format-version=1", "--no-deps", "--offline"]).output()?;
-    let metadata: serde_json::Value = serde_json::from_str(&metadata).map_err(|error| error.to_string())?;
-    let folder = metadata["target_directory"].as_str().ok_or("cargo metadata names no target_directory")?;
-    Ok(PathBuf::from(folder))
+    Ok(targets::folder()?.join(TARGET).join("agent"))
 }
 
 /// The folder with the image of today's recipe, built if it is not in the cache yet.

@@ -7,11 +7,13 @@ mod later_qemu;
 mod python;
 mod setup;
 mod stage;
+mod targets;
 mod tidy;
 
-use stage::{Program, Stages, cargo};
+use stage::{Stages, cargo, program};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use targets::{IN_GUESTS, Targets, tests};
 
 const USAGE: &str = "\
 cargo xtask COMMAND
@@ -74,47 +76,43 @@ fn test() -> Result<(), String> {
 /// What CI runs; then the tests that are marked `#[ignore = "long: …"]`, and every test of the guests on a later QEMU.
 fn test_long() -> Result<(), String> {
     let mut stages = Stages::new();
-    let (parts, later) = quick_tests(&mut stages)?;
-    stages.run("long tests", || {
-        cargo(&["test", "--workspace", "--exclude", "vm-tests", "--", "--ignored"]).run()
-    })?;
+    let (targets, parts, later) = quick_tests(&mut stages)?;
+    stages.run("long tests", || targets.without_guests(&["--ignored"]))?;
     stages.run("simulation, 10,000 schedules", || {
         cargo(&["test", "--package", "simulation", "--test", "runs", "--", "--nocapture", "no_schedule"])
             .env("SCHEDULES", "10000")
             .run()
     })?;
     stages.run("fuzz targets compile", fuzz::check)?;
-    stages.run("long tests in real guests", || in_guests(&parts, &[], &["--ignored"]).run())?;
+    stages.run("long tests in real guests", || targets.in_guests(&parts, &["--ignored"]).run())?;
     stages.run("tests in real guests on the later QEMU", || {
-        in_guests(&parts, &[], &["--include-ignored"]).env("PATH", &later_qemu::path_with(&later)).run()
+        targets.in_guests(&parts, &["--include-ignored"]).env("PATH", &later_qemu::path_with(&later)).run()
     })?;
     stages.run("dependencies", || check::dependencies(true))?;
     stages.report();
     Ok(())
 }
 
-/// Returns the guest's parts, and the folder of the later QEMU.
-fn quick_tests(stages: &mut Stages) -> Result<(guest::Parts, PathBuf), String> {
+/// Returns what there is to test, the guest's parts, and the folder of the later QEMU.
+fn quick_tests(stages: &mut Stages) -> Result<(Targets, guest::Parts, PathBuf), String> {
     stages.run("setup", setup::setup)?;
     stages.run("check", check::check)?;
-    stages.run("unit tests", || cargo(&["test", "--workspace", "--exclude", "vm-tests"]).run())?;
+    let targets = Targets::list()?;
+    stages.run("unit tests", || targets.without_guests(&[]))?;
     let parts = stages.run("guest image, agent and load", guest::parts)?;
     // The tests run the program as a user does, so it must be there beside them.
-    stages.run("build", || cargo(&["build", "--quiet", "--package", "cli"]).run())?;
-    stages.run("tests in real guests", || in_guests(&parts, &[], &[]).run())?;
+    stages.run("build", || cargo(&["build", "--quiet", "--workspace", "--bin", "stillpoint"]).run())?;
+    stages.run("tests in real guests", || targets.in_guests(&parts, &[]).run())?;
     let later = stages.run("a later QEMU", later_qemu::programs)?;
     let path = later_qemu::path_with(&later);
     stages.run("what speaks with QEMU, with the later one", || {
-        cargo(&["test", "--package", "vm"]).env("PATH", &path).run()?;
-        in_guests(&parts, &["--test", "snapshot"], &[]).env("PATH", &path).run()
+        targets.with_qemu().env("PATH", &path).run()?;
+        tests(&["snapshot".to_owned()], IN_GUESTS)
+            .env("STILLPOINT_GUEST", &parts.to_string())
+            .env("PATH", &path)
+            .run()
     })?;
-    Ok((parts, later))
-}
-
-/// The tests in real guests, one after the other: two emulated guests at once would only wait for each other on a small machine.
-fn in_guests(parts: &guest::Parts, which: &[&str], words: &[&str]) -> Program {
-    let all = [&["test", "--package", "vm-tests"], which, &["--", "--test-threads=1", "--nocapture"], words];
-    cargo(&all.concat()).env("STILLPOINT_GUEST", &parts.to_string())
+    Ok((targets, parts, later))
 }
 
 /// Runs the demo: program and guest as they are delivered.
@@ -122,10 +120,9 @@ fn demo(arguments: &[String]) -> Result<(), String> {
     let mut stages = Stages::new();
     stages.run("setup", setup::setup)?;
     let parts = stages.run("guest image, agent and load", guest::parts)?;
-    stages.run("build", || cargo(&["build", "--release", "--quiet", "--package", "cli"]).run())?;
+    let demo = stages.run("build", || released("demo"))?;
     stages.run("demo", || {
-        let demo = ["run", "--release", "--quiet", "--package", "vm-tests", "--bin", "demo", "--"];
-        let command = cargo(&demo).env("STILLPOINT_GUEST", &parts.to_string());
+        let command = program(&demo, &[]).env("STILLPOINT_GUEST", &parts.to_string());
         arguments.iter().fold(command, |command, argument| command.arg(argument)).run()
     })?;
     stages.report();
@@ -138,12 +135,17 @@ fn bench(arguments: &[String]) -> Result<(), String> {
     stages.run("setup", setup::setup)?;
     let stalls = arguments.first().is_some_and(|name| name == "stall");
     let parts = stalls.then(|| stages.run("guest image, agent and load", guest::parts)).transpose()?;
-    stages.run("build", || cargo(&["build", "--release", "--quiet", "--package", "cli"]).run())?;
+    let bench = stages.run("build", || released("bench"))?;
     stages.run("bench", || {
-        let program = ["run", "--release", "--quiet", "--package", "vm-tests", "--bin", "bench", "--"];
-        let command = arguments.iter().fold(cargo(&program), |command, argument| command.arg(argument));
+        let command = arguments.iter().fold(program(&bench, &[]), |command, argument| command.arg(argument));
         parts.iter().fold(command, |command, parts| command.env("STILLPOINT_GUEST", &parts.to_string())).run()
     })?;
     stages.report();
     Ok(())
+}
+
+/// Builds `stillpoint` as it is delivered, and a program of `vm-tests` that uses it; returns the latter's path.
+fn released(name: &str) -> Result<String, String> {
+    cargo(&["build", "--release", "--quiet", "--workspace", "--bin", "stillpoint", "--bin", name]).run()?;
+    Ok(targets::folder()?.join("release").join(name).display().to_string())
 }

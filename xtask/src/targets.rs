@@ -1,0 +1,79 @@
+//! What there is to test, and how cargo is asked to.
+//!
+//! Every command selects the whole workspace, and then names what it wants of it. Cargo compiles a dependency with the
+//! features that the *selected* packages ask for: with another selection much would be compiled once more.
+
+use crate::guest::Parts;
+use crate::stage::{Program, cargo};
+use serde_json::Value;
+use std::path::PathBuf;
+
+/// Tests in real guests come one after the other: two emulated guests at once would only wait for each other on a small machine.
+pub(crate) const IN_GUESTS: &[&str] = &["--test-threads=1", "--nocapture"];
+
+/// The names of all integration tests.
+pub(crate) struct Targets {
+    in_guests: Vec<String>,
+    of_vm: Vec<String>,
+    others: Vec<String>,
+}
+
+impl Targets {
+    /// Asks cargo. Cargo knows tests by name alone, so those that need a guest must have names of their own.
+    pub(crate) fn list() -> Result<Self, String> {
+        let metadata = metadata()?;
+        let of = |wanted: &dyn Fn(&str) -> bool| -> Vec<String> {
+            let packages = metadata["packages"].as_array().into_iter().flatten();
+            let targets = packages
+                .filter(|package| package["name"].as_str().is_some_and(wanted))
+                .flat_map(|package| package["targets"].as_array().into_iter().flatten())
+                .filter(|target| target["kind"][0] == "test");
+            targets.filter_map(|target| target["name"].as_str().map(str::to_owned)).collect()
+        };
+        let in_guests = of(&|package| package == "vm-tests");
+        let others = of(&|package| package != "vm-tests");
+        let of_vm = of(&|package| package == "vm");
+        if let Some(twice) = in_guests.iter().find(|name| others.contains(name)) {
+            return Err(format!("{twice} is a test of vm-tests and of another package: rename one"));
+        }
+        Ok(Self { in_guests, of_vm, others })
+    }
+
+    /// Everything that needs no guest.
+    pub(crate) fn without_guests(&self, words: &[&str]) -> Result<(), String> {
+        let words = [&["--"], words].concat();
+        cargo(&[&["test", "--workspace", "--lib", "--bins"], &words[..]].concat()).run()?;
+        tests(&self.others, &words[1..]).run()?;
+        cargo(&[&["test", "--workspace", "--doc"], &words[..]].concat()).run()
+    }
+
+    /// What has a QEMU but no guest.
+    pub(crate) fn with_qemu(&self) -> Program {
+        tests(&self.of_vm, &[])
+    }
+
+    /// Everything that needs a guest.
+    pub(crate) fn in_guests(&self, parts: &Parts, words: &[&str]) -> Program {
+        tests(&self.in_guests, &[IN_GUESTS, words].concat()).env("STILLPOINT_GUEST", &parts.to_string())
+    }
+}
+
+/// These tests, with words for each.
+pub(crate) fn tests(names: &[String], words: &[&str]) -> Program {
+    let which = names.iter().flat_map(|name| ["--test", name.as_str()]);
+    let all: Vec<&str> =
+        ["test", "--workspace"].into_iter().chain(which).chain(["--"]).chain(words.iter().copied()).collect();
+    cargo(&all)
+}
+
+/// Where cargo puts what it builds.
+pub(crate) fn folder() -> Result<PathBuf, String> {
+    let folder = metadata()?;
+    let folder = folder["target_directory"].as_str().ok_or("cargo metadata names no target_directory")?;
+    Ok(PathBuf::from(folder))
+}
+
+fn metadata() -> Result<Value, String> {
+    let metadata = cargo(&["metadata", "--format-version=1", "--no-deps", "--offline"]).output()?;
+    serde_json::from_str(&metadata).map_err(|error| error.to_string())
+}
