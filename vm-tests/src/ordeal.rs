@@ -74,9 +74,9 @@ pub fn signal(pattern: &str, signals: &[&str]) -> String {
 /// How much of an ordeal a guest goes through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
-    /// Every second death, alternating, once; every fourth of them is followed by a run that has to be whole, and so is the
-    /// last.
-    Half,
+    /// A quarter of the deaths, once: each victim at another step than the one before. Every fourth of them is followed by a
+    /// run that has to be whole, and so is the last.
+    Quarter,
     /// Each death three times, and each is followed by such a run.
     ThreeTimes,
 }
@@ -84,7 +84,7 @@ pub enum Extent {
 impl Extent {
     /// The rounds, numbered for people.
     pub fn rounds(self) -> std::ops::RangeInclusive<usize> {
-        1..=if self == Self::Half { 1 } else { 3 }
+        1..=if self == Self::Quarter { 1 } else { 3 }
     }
 }
 
@@ -159,8 +159,8 @@ impl Ordeal {
     pub fn takes(&mut self) -> bool {
         let step = self.steps;
         self.steps += 1;
-        // Who dies at four steps dies at the first and the third, the next at the second and the fourth.
-        self.extent == Extent::ThreeTimes || (step + step / 4).is_multiple_of(2)
+        // Of those who can die at four steps each: the first at the first, the next at the fourth, then third, then second.
+        self.extent == Extent::ThreeTimes || (step + step / 4).is_multiple_of(4)
     }
 
     /// Waits until a gate holds what it was told to.

@@ -1,7 +1,7 @@
 //! Whoever dies or falls silent, at whatever step of a run: the guest goes on, nothing stays frozen or locked, no
 //! snapshot claims more than it has evidence for, and the next run is whole.
 //!
-//! Half of the deaths are died once where a change waits for it, each of them three times in the long run.
+//! A quarter of the deaths are died once where a change waits for it, each of them three times in the long run.
 
 use rustix::process::Signal;
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ fn begin(extent: Extent) -> Ordeal {
 
 #[test]
 fn whoever_dies_in_the_guest_it_thaws_and_lets_go_and_the_next_run_is_whole() {
-    deaths_in_the_guest(Extent::Half);
+    deaths_in_the_guest(Extent::Quarter);
 }
 
 #[test]
@@ -111,7 +111,7 @@ fn deaths_in_the_guest(extent: Extent) {
 
 #[test]
 fn whenever_the_host_program_dies_the_guest_thaws_by_itself_and_the_next_run_cleans_up() {
-    deaths_of_the_host_program(Extent::Half);
+    deaths_of_the_host_program(Extent::Quarter);
 }
 
 #[test]
@@ -188,7 +188,7 @@ fn died(ordeal: &mut Ordeal) {
 
 #[test]
 fn a_cut_channel_a_paused_vm_and_an_impatient_host_leave_nothing_frozen_or_locked() {
-    silences(Extent::Half);
+    silences(Extent::Quarter);
 }
 
 #[test]
@@ -281,7 +281,7 @@ fn silences(extent: Extent) {
 
 #[test]
 fn when_qemu_dies_the_run_ends_with_an_error_and_the_guest_boots_from_its_disks() {
-    deaths_of_qemu(Extent::Half);
+    deaths_of_qemu(Extent::Quarter);
 }
 
 #[test]

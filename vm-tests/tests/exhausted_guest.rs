@@ -113,7 +113,7 @@ fn a_guest_without_space_or_memory_keeps_its_writes_its_database_and_its_thaw() 
     // XFS gives the room of a removed file back in the background.
     guest
         .exec(
-            "rm /var/tmp/most /var/lib/postgresql/most; for n in $(busybox seq 200); do \
+            "rm -f /var/tmp/most /var/tmp/rest /var/lib/postgresql/most /var/lib/postgresql/rest; for n in $(busybox seq 200); do \
              [ $(busybox df -k /var/lib/postgresql | busybox awk 'END { print $4 }') -gt 100000 ] && exit 0; busybox sleep 0.1; \
              done; exit 1",
         )

@@ -11,7 +11,7 @@ const LEASE_S: u32 = 60;
 
 #[test]
 fn whoever_dies_on_a_frozen_root_systemd_starts_the_agent_again_at_once() {
-    deaths_under_systemd(Extent::Half);
+    deaths_under_systemd(Extent::Quarter);
 }
 
 #[test]
