@@ -1,16 +1,18 @@
 //! The loop: hears hosts, hands requests to the commands, sends answers. It never waits for anything but events.
 
-use crate::channel::{Link, Listener, State, open_port};
+use crate::channel::{Channel, Kind, Link, Listener, State};
 use crate::commands::{Commands, EXEC_TOKEN, Reply, Settings};
+use crate::daemon::PidFile;
 use crate::log;
-use crate::options::{Method, Options};
+use crate::options::Options;
 use crate::poll::{Event, Poll};
 use crate::run;
 use crate::signals::Signals;
-use guest_protocol::Connection;
 use guest_protocol::connection::Dispatch;
+use guest_protocol::{Command, Connection};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -37,29 +39,30 @@ pub struct Agent {
     busy: BTreeSet<u32>,
     numbers: u32,
     clock: u64,
-}
-
-#[derive(Debug)]
-enum Channel {
-    Port { path: Option<PathBuf>, retry: bool },
-    Unix(Listener),
+    /// A port is opened again and again (`-r`).
+    retry: bool,
+    pid_file: Option<PidFile>,
+    /// Where it is to be as soon as nothing is frozen.
+    pid_file_wanted: Option<PathBuf>,
 }
 
 impl Agent {
-    /// Takes up what a dead agent left, and opens the channel. Call it before any thread is started.
+    /// Takes up what a dead agent left, and opens the channel, which `activated` is if it was passed.
     /// # Errors
     /// A sentence about what could not be had.
-    pub fn start(options: Options) -> Result<Agent, String> {
+    pub fn start(options: Options, signals: Signals, activated: Option<OwnedFd>) -> Result<Agent, String> {
         let failed = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
-        let signals = Signals::new().map_err(failed("cannot divert signals"))?;
         let poll = Rc::new(Poll::new().map_err(failed("cannot watch files"))?);
+        warn_of_unknown(&options.blocked, &options.allowed);
         let settings = Settings {
             reported_version: options.reported_version,
+            allowed: (!options.allowed.is_empty()).then_some(options.allowed),
             blocked: options.blocked,
-            allowed: options.allowed,
             runs: run::Settings {
                 statedir: options.statedir,
                 compat_lease: options.compat_lease,
+                selection: options.selection,
+                hook: options.hook,
                 ..run::Settings::default()
             },
         };
@@ -69,16 +72,13 @@ impl Agent {
         poll.add(&signals, SIGNALS).map_err(watch)?;
         poll.add(commands.runs_bell(), RUNS).map_err(watch)?;
         poll.add(commands.jobs_bell(), JOBS).map_err(watch)?;
-        let channel = match (options.method, options.path) {
-            (Method::VirtioSerial, path) => Channel::Port { path, retry: options.retry_path },
-            (Method::UnixListen, path) => {
-                let path = path.ok_or("must specify a path for this channel")?;
-                let listener = Listener::bind(&path)
-                    .map_err(|error| format!("cannot listen at {}: {error}", path.display()))?;
-                poll.add(&listener, LISTENER).map_err(watch)?;
-                Channel::Unix(listener)
-            }
+        let channel = match activated {
+            Some(socket) => Channel::Listener(Listener::new(socket)),
+            None => Channel::new(options.method, options.path)?,
         };
+        if let Channel::Listener(listener) = &channel {
+            poll.add(listener, LISTENER).map_err(watch)?;
+        }
         let mut agent = Agent {
             poll,
             signals,
@@ -88,11 +88,27 @@ impl Agent {
             busy: BTreeSet::new(),
             numbers: 0,
             clock: 0,
+            retry: options.retry_path,
+            pid_file: None,
+            pid_file_wanted: None,
         };
         match agent.open_port() {
             Err(error) if !agent.retries() => Err(format!("failed to open the channel: {error}")),
             _ => Ok(agent),
         }
+    }
+
+    /// Writes the pid file: at once, or after the thaw if this agent starts while its guest is frozen, for the file might lie
+    /// where it is.
+    /// # Errors
+    /// A sentence, also where another agent has it locked.
+    pub fn write_pid_file(&mut self, path: PathBuf) -> Result<(), String> {
+        if self.commands.is_frozen() {
+            self.pid_file_wanted = Some(path);
+        } else {
+            self.pid_file = Some(PidFile::create(&path)?);
+        }
+        Ok(())
     }
 
     /// Serves until told to end or the channel is gone. Whatever is frozen then is thawed before this returns.
@@ -106,7 +122,7 @@ impl Agent {
 
     fn serve_until_end(&mut self) -> io::Result<()> {
         loop {
-            let waits_for_port = matches!(self.channel, Channel::Port { .. }) && self.links.is_empty();
+            let waits_for_port = matches!(self.channel, Channel::Port(_)) && self.links.is_empty();
             if waits_for_port && !self.retries() {
                 log!(Warning, "the channel is gone");
                 return Ok(());
@@ -118,6 +134,7 @@ impl Agent {
             };
             let events = self.poll.wait(at_most)?;
             if waits_for_port && events.is_empty() {
+                log!(Warning, "waiting for channel path...");
                 // Not there yet is what we wait for.
                 let _opened = self.open_port().is_ok();
             }
@@ -146,35 +163,36 @@ impl Agent {
     }
 
     fn retries(&self) -> bool {
-        matches!(self.channel, Channel::Port { retry: true, .. })
+        self.retry && matches!(self.channel, Channel::Port(_))
     }
 
     fn open_port(&mut self) -> io::Result<()> {
-        let Channel::Port { path, .. } = &self.channel else { return Ok(()) };
-        let port = open_port(path.as_deref())?;
-        self.link(port, true)
+        let Channel::Port(port) = &self.channel else { return Ok(()) };
+        let (opened, kind) = (port.open()?, port.kind);
+        self.link(opened, kind)
     }
 
     fn take_up_clients(&mut self) {
-        while let Channel::Unix(listener) = &self.channel
+        while let Channel::Listener(listener) = &self.channel
             && let Some(client) = listener.accept()
         {
+            // One that waits for an answer does nothing either, and is not idle.
+            let idlest = self.links.iter().min_by_key(|(_, link)| (link.is_waiting(), link.last_active));
             if self.links.len() >= CLIENTS_MAX
-                && let Some(idlest) =
-                    self.links.iter().min_by_key(|(_, link)| link.last_active).map(|(number, _)| *number)
+                && let Some(idlest) = idlest.map(|(number, _)| *number)
             {
                 log!(Warning, "too many clients: the idlest is dismissed");
-                self.close(idlest);
+                self.drop_link(idlest);
             }
-            if let Err(error) = self.link(client, false) {
+            if let Err(error) = self.link(client, Kind::Socket) {
                 log!(Error, "cannot take up a client: {error}");
             }
         }
     }
 
-    fn link(&mut self, fd: std::os::fd::OwnedFd, is_port: bool) -> io::Result<()> {
+    fn link(&mut self, fd: OwnedFd, kind: Kind) -> io::Result<()> {
         self.numbers = self.numbers.wrapping_add(1);
-        let mut link = Link::new(fd, self.numbers, is_port);
+        let mut link = Link::new(fd, self.numbers, kind);
         link.last_active = self.tick();
         self.poll.add(&link, u64::from(self.numbers))?;
         self.links.insert(self.numbers, link);
@@ -212,6 +230,7 @@ impl Agent {
     fn deliver(&mut self) {
         let finished = self.commands.finished();
         self.commands.reap();
+        self.write_delayed_pid_file();
         for (ticket, answer) in finished {
             let number = Connection::number_of(ticket);
             if let Some(link) = self.links.get_mut(&number) {
@@ -221,7 +240,27 @@ impl Agent {
         }
     }
 
+    fn write_delayed_pid_file(&mut self) {
+        if !self.commands.is_frozen()
+            && let Some(path) = self.pid_file_wanted.take()
+        {
+            match PidFile::create(&path) {
+                Ok(file) => self.pid_file = Some(file),
+                Err(problem) => log!(Error, "{problem}"),
+            }
+        }
+    }
+
     fn close(&mut self, number: u32) {
+        self.drop_link(number);
+        if self.retries() {
+            log!(Warning, "agent stopped unexpectedly, restarting...");
+        }
+        // Descriptors may have been short: whoever waits at the door since then was told of once.
+        self.take_up_clients();
+    }
+
+    fn drop_link(&mut self, number: u32) {
         let Some(mut link) = self.links.remove(&number) else { return };
         self.busy.remove(&number);
         // A thaw that the host had asked for is carried out, though nobody hears the answer.
@@ -237,5 +276,12 @@ fn carry_out(commands: &mut Commands, connection: &mut Connection, dispatch: Dis
     let ticket = dispatch.ticket;
     if let Reply::Now(answer) = commands.carry_out(dispatch) {
         connection.answer(ticket, answer);
+    }
+}
+
+/// A misspelt name protects nobody. Not an error: a list may name what other versions have.
+fn warn_of_unknown(blocked: &[String], allowed: &[String]) {
+    for name in blocked.iter().chain(allowed).filter(|name| Command::find(name).is_none()) {
+        log!(Warning, "block-rpcs or allow-rpcs: there is no command {name}");
     }
 }

@@ -1,8 +1,10 @@
 //! The program in the guest, as a library so that its tests can reach every room.
 
+pub mod activation;
 pub mod agent;
 pub mod channel;
 pub mod commands;
+pub mod daemon;
 pub mod freeze;
 pub mod logging;
 pub mod oom;
@@ -11,3 +13,5 @@ pub mod poll;
 pub mod quiesce;
 pub mod run;
 pub mod signals;
+pub mod state;
+mod syslog;

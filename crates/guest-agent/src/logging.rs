@@ -1,15 +1,17 @@
-//! The agent's log: standard error or a file, and memory only while the guest is frozen.
+//! The agent's log: standard error or a file, and memory only while the guest is frozen. Commands of note go to the
+//! system's log besides, whatever `-v` says, as qemu-ga's do.
 //!
 //! A line written while frozen could wait for the very file system that is frozen, so `hold` diverts lines into
 //! a bounded ring before the first FIFREEZE, and `release` writes them out after the last FITHAW. For the same
 //! reason the log file is opened beside the agent's work: one that starts while its guest is frozen must not wait.
 
+use crate::syslog::Syslog;
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -55,19 +57,48 @@ struct Log {
     held: bool,
     /// The log file is not open yet.
     opening: bool,
-    kept: VecDeque<String>,
+    kept: VecDeque<Line>,
+    syslog: Syslog,
 }
 
-static LOG: Mutex<Log> =
-    Mutex::new(Log { file: None, verbose: false, held: false, opening: false, kept: VecDeque::new() });
+#[derive(Debug)]
+struct Line {
+    text: String,
+    to_syslog: bool,
+}
 
-/// Sets where lines go (`None`: standard error) and whether all levels are written. Where the file cannot be opened
-/// soon, lines stay in memory until it is.
+static LOG: Mutex<Log> = Mutex::new(Log {
+    file: None,
+    verbose: false,
+    held: false,
+    opening: false,
+    kept: VecDeque::new(),
+    syslog: Syslog::new(),
+});
+
+/// A log file that is being opened.
+#[derive(Debug)]
+#[must_use = "whether it could be opened is known only later"]
+pub struct Opening {
+    opened: Option<Receiver<io::Result<()>>>,
+}
+
+impl Opening {
+    /// Waits a little for it; where that is not enough, lines go on staying in memory until it is open.
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn wait(self) -> io::Result<()> {
+        self.opened.map_or(Ok(()), |opened| opened.recv_timeout(OPEN_WAIT).unwrap_or(Ok(())))
+    }
+}
+
+/// Sets where lines go (`None`: standard error) and whether all levels are written. Lines stay in memory until the file
+/// is open.
 /// # Errors
-/// When the file cannot be opened.
-pub fn start(path: Option<PathBuf>, verbose: bool) -> io::Result<()> {
+/// When there is no thread for it.
+pub fn start(path: Option<PathBuf>, verbose: bool) -> io::Result<Opening> {
     with(|log| log.verbose = verbose);
-    let Some(path) = path else { return Ok(()) };
+    let Some(path) = path else { return Ok(Opening { opened: None }) };
     with(|log| log.opening = true);
     let (send, receive) = channel();
     let open = move || {
@@ -83,11 +114,12 @@ pub fn start(path: Option<PathBuf>, verbose: bool) -> io::Result<()> {
         let _told = send.send(told).is_ok();
     };
     std::thread::Builder::new().name("log".to_owned()).spawn(open)?;
-    receive.recv_timeout(OPEN_WAIT).unwrap_or(Ok(()))
+    Ok(Opening { opened: Some(receive) })
 }
 
 /// From now on lines stay in memory. Call before the first FIFREEZE.
 pub fn hold() {
+    write(Level::Warning, format_args!("disabling logging due to filesystem freeze"));
     with(|log| {
         log.held = true;
         // The room is taken now: while frozen nothing large is allocated.
@@ -101,6 +133,7 @@ pub fn release() {
         log.held = false;
         log.write_out();
     });
+    write(Level::Warning, format_args!("logging re-enabled due to filesystem unfreeze"));
 }
 
 /// Writes or keeps one line.
@@ -109,13 +142,28 @@ pub fn write(level: Level, message: fmt::Arguments<'_>) {
         if level > Level::Error && !log.verbose {
             return;
         }
-        let line = line(level, message);
-        if log.kept.len() == HELD_LINES_MAX {
-            log.kept.pop_front();
-        }
-        log.kept.push_back(line);
+        log.keep(Line { text: line(level, message), to_syslog: false });
         log.write_out();
     });
+}
+
+/// Notes a command in the system's log, and as information in the agent's own.
+pub fn note(message: fmt::Arguments<'_>) {
+    with(|log| {
+        if log.verbose {
+            log.keep(Line { text: line(Level::Info, message), to_syslog: false });
+        }
+        log.keep(Line { text: cut(format!("{}: {message}", Level::Info.name())), to_syslog: true });
+        log.write_out();
+    });
+}
+
+/// Notes a command of a host: `note!("guest-ping called")`.
+#[macro_export]
+macro_rules! note {
+    ($($message:tt)+) => {
+        $crate::logging::note(format_args!($($message)+))
+    };
 }
 
 /// Logs a line at a level: `log!(Info, "guest-ping called")`.
@@ -133,24 +181,37 @@ fn with<T>(work: impl FnOnce(&mut Log) -> T) -> T {
 
 fn line(level: Level, message: fmt::Arguments<'_>) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let mut line = format!("{}.{:06}: {}: {message}", now.as_secs(), now.subsec_micros(), level.name());
+    let line = format!("{}.{:06}: {}: {message}", now.as_secs(), now.subsec_micros(), level.name());
+    cut(line) + "\n"
+}
+
+fn cut(line: String) -> String {
     // What a host sends must not forge further lines.
-    line = line.replace(['\n', '\r'], " ");
+    let mut line = line.replace(['\n', '\r'], " ");
     if line.len() > LINE_BYTES_MAX {
         let end = (0..=LINE_BYTES_MAX).rev().find(|at| line.is_char_boundary(*at)).unwrap_or(0);
         line.truncate(end);
     }
-    line.push('\n');
     line
 }
 
 impl Log {
+    fn keep(&mut self, line: Line) {
+        if self.kept.len() == HELD_LINES_MAX {
+            self.kept.pop_front();
+        }
+        self.kept.push_back(line);
+    }
+
     fn write_out(&mut self) {
         if self.held || self.opening {
             return;
         }
         for line in std::mem::take(&mut self.kept) {
-            self.emit(&line);
+            match line.to_syslog {
+                true => self.syslog.send(&line.text),
+                false => self.emit(&line.text),
+            }
         }
     }
 

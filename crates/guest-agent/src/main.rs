@@ -1,30 +1,39 @@
 //! The program in the guest.
 
 use guest_agent::agent::Agent;
-use guest_agent::options::{self, Options, REPORTED_VERSION, USAGE, Wish};
-use guest_agent::{log, logging};
+use guest_agent::daemon::{self, Starter};
+use guest_agent::options::{self, Options, Problem, REPORTED_VERSION, USAGE, Wish};
+use guest_agent::signals::Signals;
+use guest_agent::{activation, log, logging};
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     // First of all: a worker and a guard are this same program, and must become nothing else.
     guest_agent::freeze::guard::main_if_guard();
     guest_agent::quiesce::worker::main_if_worker();
-    let printed = match options::parse(std::env::args_os().skip(1)) {
+    let mut words = std::env::args_os();
+    let program = words.next().unwrap_or_default();
+    let program = program.display();
+    let printed = match options::parse(words, std::env::var_os("QGA_CONF"), options::read_file) {
         Ok(Wish::Run(options)) => return run(*options),
+        Ok(Wish::Dump(options)) => print(&options::dump(&options)),
         Ok(Wish::Version) => print(&format!(
             "QEMU Guest Agent {REPORTED_VERSION} (stillpoint-agent {})\n",
             env!("CARGO_PKG_VERSION")
         )),
-        Ok(Wish::Help) => print(USAGE),
+        Ok(Wish::Help) => print(&format!("Usage: {program} [OPTION]...\n{USAGE}")),
         Ok(Wish::Commands) => {
             let names: Vec<_> = guest_protocol::COMMANDS.iter().map(|command| command.name).collect();
             print(&(names.join("\n") + "\n"))
         }
-        Err(problem) => {
-            eprintln!(
-                "stillpoint-agent: {problem}\nUnknown option, try 'stillpoint-agent --help' for more information."
-            );
+        Err(Problem::Flag(problem)) => {
+            eprintln!("{program}: {problem}\nUnknown option, try '{program} --help' for more information.");
+            return ExitCode::FAILURE;
+        }
+        Err(Problem::Value(problem)) => {
+            log!(Critical, "{problem}");
             return ExitCode::FAILURE;
         }
     };
@@ -36,26 +45,35 @@ fn print(text: &str) -> io::Result<()> {
 }
 
 fn run(mut options: Options) -> ExitCode {
-    let (logfile, verbose) = (options.logfile.take(), options.verbose);
-    // Without the right to it, it is still an agent.
-    let _spared = guest_agent::oom::be_spared();
-    // What a dead agent left frozen is thawed before anything is opened that may lie there.
-    let agent = match Agent::start(options) {
-        Ok(agent) => agent,
+    options.make_absolute();
+    let served = activation::take().and_then(|activated| {
+        let fork = options.daemon.then(daemon::fork_away).transpose();
+        serve(options, activated, fork.map_err(|error| format!("cannot go on in the background: {error}"))?)
+    });
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
         Err(problem) => {
             log!(Critical, "{problem}");
-            return ExitCode::FAILURE;
-        }
-    };
-    if let Err(error) = logging::start(logfile, verbose) {
-        log!(Critical, "unable to open specified log file: {error}");
-        return ExitCode::FAILURE;
-    }
-    match agent.serve() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            log!(Critical, "cannot go on: {error}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn serve(mut options: Options, activated: Option<OwnedFd>, starter: Option<Starter>) -> Result<(), String> {
+    // Without the right to it, it is still an agent.
+    let _spared = guest_agent::oom::be_spared();
+    // Before any thread: those that are started later divert them too.
+    let signals = Signals::new().map_err(|error| format!("cannot divert signals: {error}"))?;
+    let pid_file = options.pidfile.clone();
+    // What a dead agent left frozen is thawed meanwhile: the file may lie there.
+    let log_file = logging::start(options.logfile.take(), options.verbose)
+        .map_err(|error| format!("cannot start a thread: {error}"))?;
+    let agent = Agent::start(options, signals, activated);
+    log_file.wait().map_err(|error| format!("unable to open specified log file: {error}"))?;
+    let mut agent = agent?;
+    if let Some(starter) = starter {
+        agent.write_pid_file(pid_file)?;
+        starter.started().map_err(|error| format!("cannot go on in the background: {error}"))?;
+    }
+    agent.serve().map_err(|error| format!("cannot go on: {error}"))
 }

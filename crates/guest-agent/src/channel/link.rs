@@ -21,13 +21,23 @@ pub enum State {
     Closed,
 }
 
+/// What a link goes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Outlives its hosts, and the kernel tells when they come and go.
+    VirtioPort,
+    /// Outlives its hosts, and nobody tells. Its end is for ever.
+    SerialLine,
+    /// Ends with its client.
+    Socket,
+}
+
 /// A link to a host.
 #[derive(Debug)]
 pub struct Link {
     fd: OwnedFd,
     connection: Connection,
-    /// A port outlives its hosts, a client's socket does not outlive the client.
-    is_port: bool,
+    kind: Kind,
     readable: bool,
     writable: bool,
     hung_up: bool,
@@ -41,11 +51,11 @@ pub struct Link {
 
 impl Link {
     /// A link over a non-blocking descriptor.
-    pub fn new(fd: OwnedFd, number: u32, is_port: bool) -> Link {
+    pub fn new(fd: OwnedFd, number: u32, kind: Kind) -> Link {
         Link {
             fd,
             connection: Connection::new(Limits::default(), number),
-            is_port,
+            kind,
             readable: true,
             writable: true,
             hung_up: false,
@@ -59,9 +69,14 @@ impl Link {
     pub fn hear(&mut self, event: Event) {
         self.readable |= event.readable;
         self.writable |= event.writable;
-        // On a port the kernel always tells whether a host is there, and a hang-up is not for ever.
+        // On a virtio port the kernel always tells whether a host is there, and a hang-up is not for ever.
         self.hung_up = event.hung_up;
         self.host_seen |= !event.hung_up;
+    }
+
+    /// Whether the client waits for an answer, or for us to read on.
+    pub fn is_waiting(&self) -> bool {
+        self.connection.owes_answers() || !self.connection.output().is_empty()
     }
 
     /// The conversation, to give it answers.
@@ -75,6 +90,7 @@ impl Link {
         let mut input: &[u8] = &[];
         if self.readable && self.connection.wants_input() {
             match rustix::io::read(&self.fd, &mut buffer) {
+                Ok(0) if self.kind == Kind::SerialLine => return State::Closed,
                 Ok(0) => self.ended(),
                 Ok(bytes) => input = &buffer[..bytes],
                 Err(Errno::AGAIN) => self.readable = false,
@@ -92,7 +108,7 @@ impl Link {
         if self.input_ended && !self.connection.owes_answers() && self.connection.output().is_empty() {
             return State::Closed;
         }
-        if !self.is_port && self.hung_up && !self.readable {
+        if self.kind == Kind::Socket && self.hung_up && !self.readable {
             return State::Closed;
         }
         let more = self.readable && self.connection.wants_input() && !self.input_ended;
@@ -101,7 +117,7 @@ impl Link {
 
     fn ended(&mut self) {
         self.readable = false;
-        if !self.is_port {
+        if self.kind == Kind::Socket {
             self.input_ended = true;
         } else if self.hung_up && self.host_seen {
             // Bytes of a new host can arrive a moment before the kernel says that it is there, so only a host that

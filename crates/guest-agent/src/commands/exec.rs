@@ -6,8 +6,8 @@
 
 mod output;
 
-use crate::log;
 use crate::poll::Poll;
+use crate::{log, note};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use guest_protocol::Error;
@@ -189,7 +189,7 @@ impl Process {
 
 /// Starts a program; runs in a thread of its own, since even looking for it may wait for a disk.
 pub(super) fn start(exec: &Exec, starter: &Sender<Started>) -> Result<Value, Error> {
-    log!(Info, "guest-exec called: \"{}\"", [std::slice::from_ref(&exec.path), &exec.arg].concat().join(" "));
+    note!("guest-exec called: \"{}\"", [std::slice::from_ref(&exec.path), &exec.arg].concat().join(" "));
     let started = spawn(exec).map_err(|error| {
         let path = &exec.path;
         Error::generic(format!(

@@ -12,8 +12,10 @@ mod osinfo;
 mod shutdown;
 mod time;
 
+use crate::note;
 use crate::poll::Poll;
 use crate::run::{self, Runs};
+use crate::state::Handles;
 use guest_protocol::connection::Dispatch;
 use guest_protocol::{Call, Command, Error};
 use serde_json::{Value, json};
@@ -22,6 +24,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// Tokens with this bit belong to pipes of `guest-exec`.
 pub const EXEC_TOKEN: u64 = 1 << 63;
@@ -56,6 +59,8 @@ pub struct Commands {
     runs: Runs,
     jobs: jobs::Jobs,
     exec: exec::Processes,
+    #[expect(dead_code, reason = "guest-file-open takes its numbers here")]
+    handles: Arc<Handles>,
 }
 
 impl Commands {
@@ -67,12 +72,17 @@ impl Commands {
             let named = |list: &[String]| list.iter().any(|name| name == command.name);
             named(&settings.blocked) || settings.allowed.as_deref().is_some_and(|allowed| !named(allowed))
         };
+        let statedir = settings.runs.statedir.clone();
+        // First of all: what a dead agent left frozen is thawed meanwhile.
+        let runs = Runs::new(settings.runs)?;
+        let handles = Arc::new(Handles::open(&statedir)?);
         Ok(Commands {
             refused: guest_protocol::COMMANDS.iter().filter(refused).map(|command| command.name).collect(),
             version: settings.reported_version,
-            runs: Runs::new(settings.runs)?,
+            runs,
             jobs: jobs::Jobs::new()?,
             exec: exec::Processes::new(poll),
+            handles,
         })
     }
 
@@ -100,7 +110,10 @@ impl Commands {
     fn call(&mut self, ticket: u64, call: Call) -> Reply {
         match call {
             Call::Sync(id) => Reply::Now(Ok(id.into())),
-            Call::Ping => Reply::Now(Ok(json!({}))),
+            Call::Ping => {
+                note!("guest-ping called");
+                Reply::Now(Ok(json!({})))
+            }
             Call::Info => Reply::Now(answer(&info::info(&self.version, |command| self.is_enabled(command)))),
             Call::GetTime => Reply::Now(time::now().map(Value::from)),
             Call::GetOsinfo => self.jobs.start(ticket, || answer(&osinfo::osinfo())),
@@ -110,9 +123,13 @@ impl Commands {
                 let starter = self.exec.starter();
                 self.jobs.start(ticket, move || exec::start(&exec, &starter))
             }
-            Call::ExecStatus(pid) => Reply::Now(self.exec.status(pid).and_then(|status| answer(&status))),
+            Call::ExecStatus(pid) => {
+                note!("guest-exec-status called, pid: {pid}");
+                Reply::Now(self.exec.status(pid).and_then(|status| answer(&status)))
+            }
             Call::FsfreezeStatus => Reply::Now(Ok(fsfreeze::status(&self.runs))),
             Call::FsfreezeFreeze(mountpoints) => {
+                note!("guest-fsfreeze called");
                 self.runs.start_plain_freeze(ticket, mountpoints);
                 Reply::Later
             }

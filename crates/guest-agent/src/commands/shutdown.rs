@@ -1,6 +1,6 @@
 //! `guest-shutdown`.
 
-use crate::log;
+use crate::note;
 use guest_protocol::Error;
 use guest_protocol::arguments::Shutdown;
 use serde_json::{Value, json};
@@ -11,12 +11,12 @@ const OUTPUT_BYTES_MAX: usize = 1024;
 
 /// Runs the system's own program for it, and waits for that program.
 pub(super) fn shutdown(mode: Shutdown) -> Result<Value, Error> {
-    let (program, flag) = match mode {
-        Shutdown::Powerdown => ("/sbin/poweroff", "-P"),
-        Shutdown::Halt => ("/sbin/halt", "-H"),
-        Shutdown::Reboot => ("/sbin/reboot", "-r"),
+    let (name, program, flag) = match mode {
+        Shutdown::Powerdown => ("powerdown", "/sbin/poweroff", "-P"),
+        Shutdown::Halt => ("halt", "/sbin/halt", "-H"),
+        Shutdown::Reboot => ("reboot", "/sbin/reboot", "-r"),
     };
-    log!(Info, "guest-shutdown called, mode: {mode:?}");
+    note!("guest-shutdown called, mode: {name}");
     let mut command = if rustix::fs::access(program, rustix::fs::Access::EXEC_OK).is_ok() {
         Command::new(program)
     } else {

@@ -1,6 +1,6 @@
 //! Freezing and thawing file systems.
 //!
-//! `gather` reads facts, `plan` decides (pure), `reach` opens a folder on each superblock, `crew` calls the kernel from
+//! `gather` reads facts, `plan` decides (pure), `selection` leaves out what the administrator wants, `reach` opens a folder on each superblock, `crew` calls the kernel from
 //! a thread for each, `guard` is the process that thaws when nobody else does, and `ledger` is the record that all of
 //! them and a restarted agent share.
 
@@ -16,4 +16,5 @@ pub mod ledger;
 pub mod mountinfo;
 pub mod plan;
 pub mod reach;
+pub mod selection;
 pub mod writers;

@@ -5,6 +5,7 @@ use super::evidence::{boot_id, ms};
 use super::survey::{state_stays_writable, survey};
 use crate::freeze::developer::is_developers_machine;
 use crate::freeze::gather::read_bounded;
+use crate::freeze::selection::Selection;
 use crate::quiesce::Applications;
 use guest_protocol::stillpoint::{CheckArguments, CheckReport, FilesystemState, Reason, Want};
 use std::collections::BTreeMap;
@@ -28,10 +29,14 @@ const WITHOUT_FREEZE: &[&str] = &[
 ];
 
 /// Looks, rehearses and predicts.
-pub(super) fn check(arguments: &CheckArguments, statedir: &Path) -> Result<CheckReport, Refusal> {
-    let surveyed = survey(None)?;
+pub(super) fn check(
+    arguments: &CheckArguments,
+    statedir: &Path,
+    selection: &Selection,
+) -> Result<CheckReport, Refusal> {
+    let surveyed = survey(None, selection)?;
     let mut evidence = surveyed.evidence("", 0);
-    if let Err(refusal) = state_stays_writable(statedir, &surveyed.plan) {
+    if let Err(refusal) = state_stays_writable(statedir, &surveyed) {
         evidence.reason(Reason::new(refusal.code, statedir.to_string_lossy(), refusal.message));
     }
     if is_developers_machine() {
@@ -48,8 +53,8 @@ pub(super) fn check(arguments: &CheckArguments, statedir: &Path) -> Result<Check
         .collect();
     flush(&folders);
     let predicted = flush(&folders);
-    for filesystem in &mut evidence.report.filesystems {
-        if filesystem.state == FilesystemState::NotFrozen {
+    for (filesystem, reached) in evidence.report.filesystems.iter_mut().zip(&surveyed.reached) {
+        if filesystem.state == FilesystemState::NotFrozen && reached.is_ok() {
             let cannot = WITHOUT_FREEZE.contains(&filesystem.kind.as_str());
             filesystem.state = if cannot { FilesystemState::Unsupported } else { FilesystemState::Freezable };
         }

@@ -100,6 +100,15 @@ impl Evidence {
         report.detail = Some(bounded(failure.to_owned()));
     }
 
+    /// The administrator of the guest leaves it out of freezes.
+    pub(super) fn excluded(&mut self, at: usize) {
+        let message = "the agent's configuration leaves it out of freezes";
+        let report = &mut self.report.filesystems[at];
+        report.detail = Some(message.to_owned());
+        let name = report.mountpoint.clone();
+        self.reason(Reason::new("filesystem_excluded", name, message));
+    }
+
     pub(super) fn applications(&mut self, applications: &Applications) {
         self.report.applications = applications.reports();
         for reason in applications.reasons() {

@@ -12,6 +12,7 @@ mod walk;
 
 use crate::freeze::kernel::boottime_ns;
 use crate::freeze::ledger::Phase;
+use crate::freeze::selection::Selection;
 use crate::log;
 use frozen::thawed_count;
 use guest_protocol::stillpoint::{
@@ -45,6 +46,8 @@ pub struct Settings {
     pub compat_lease: Duration,
     /// Longest quiescing before a plain `guest-fsfreeze-freeze`.
     pub compat_quiesce: Duration,
+    /// What is frozen, of all that could be.
+    pub selection: Selection,
     /// QEMU's freeze hook (`-F`), if any.
     pub hook: Option<PathBuf>,
 }
@@ -55,6 +58,7 @@ impl Default for Settings {
             statedir: PathBuf::from("/var/run"),
             compat_lease: Duration::from_secs(300),
             compat_quiesce: Duration::from_secs(10),
+            selection: Selection::default(),
             hook: None,
         }
     }
@@ -117,9 +121,11 @@ impl Runs {
         if self.shared.is_frozen() {
             return self.shared.finish(ticket, Err(busy("a rehearsal cannot run while the guest is frozen")));
         }
-        let statedir = self.settings.statedir.clone();
+        let (statedir, selection) = (self.settings.statedir.clone(), self.settings.selection.clone());
         self.spawn(ticket, move |owed| {
-            owed.answer(check::check(&args, &statedir).map(|report| Outcome::Checked(Box::new(report))));
+            owed.answer(
+                check::check(&args, &statedir, &selection).map(|report| Outcome::Checked(Box::new(report))),
+            );
         });
     }
 
@@ -144,6 +150,7 @@ impl Runs {
             want,
             policies: applications,
             only: None,
+            selection: self.settings.selection.clone(),
         };
         self.start(ticket, order);
     }
@@ -163,6 +170,7 @@ impl Runs {
             want: Want::Application,
             policies: Vec::new(),
             only: mountpoints,
+            selection: self.settings.selection.clone(),
         };
         self.start(ticket, order);
     }

@@ -14,6 +14,7 @@ use crate::freeze::guard::{Guard, START_MAX};
 use crate::freeze::kernel::boottime_ns;
 use crate::freeze::ledger::{Ledger, Phase};
 use crate::freeze::plan::Plan;
+use crate::freeze::selection::Selection;
 use crate::freeze::writers::writers;
 use crate::quiesce::Applications;
 use guest_protocol::stillpoint::{ApplicationPolicy, GuestReport, Reason, State, Want};
@@ -52,6 +53,8 @@ pub(super) struct Order {
     pub(super) policies: Vec<ApplicationPolicy>,
     /// qemu-ga's freeze-list.
     pub(super) only: Option<Vec<String>>,
+    /// What the administrator leaves to be frozen.
+    pub(super) selection: Selection,
 }
 
 /// A run that did not come to freeze, with everything undone.
@@ -171,16 +174,17 @@ impl Prepared {
             ));
         }
         shared.enter(State::Preparing).map_err(|why| early(aborted(why), why))?;
-        let surveyed = survey(order.only.as_deref()).map_err(|refusal| early(refusal, Phase::Failed))?;
+        let surveyed = survey(order.only.as_deref(), &order.selection)
+            .map_err(|refusal| early(refusal, Phase::Failed))?;
         let mut evidence = surveyed.evidence(&order.id, order.lease_ms);
         let failed = |mut evidence: Evidence, refusal: Refusal| {
             evidence.reason(Reason::new(refusal.code, "", refusal.message.clone()));
             Box::new(Stopped { refusal, report: evidence.report, cause: Phase::Failed })
         };
-        let Surveyed { plan, mounts, reached } = surveyed;
-        if let Err(refusal) = state_stays_writable(statedir, &plan) {
+        if let Err(refusal) = state_stays_writable(statedir, &surveyed) {
             return Err(failed(evidence, refusal));
         }
+        let Surveyed { plan, mounts, reached } = surveyed;
         let mut held = Vec::new();
         let mut folders = Vec::new();
         let mut recorded = Vec::new();
