@@ -3,6 +3,7 @@
 mod check;
 mod fuzz;
 mod guest;
+mod lanes;
 mod later_qemu;
 mod python;
 mod setup;
@@ -84,9 +85,10 @@ fn test_long() -> Result<(), String> {
             .run()
     })?;
     stages.run("fuzz targets compile", fuzz::check)?;
-    stages.run("long tests in real guests", || targets.in_guests(&parts, &["--ignored"]).run())?;
+    stages.run("long tests in real guests", || targets.in_guests(&parts, &["--ignored"], &[]))?;
     stages.run("tests in real guests on the later QEMU", || {
-        targets.in_guests(&parts, &["--include-ignored"]).env("PATH", &later_qemu::path_with(&later)).run()
+        let path = later_qemu::path_with(&later);
+        targets.in_guests(&parts, &["--include-ignored"], &[("PATH", &path)])
     })?;
     stages.run("dependencies", || check::dependencies(true))?;
     stages.report();
@@ -102,7 +104,7 @@ fn quick_tests(stages: &mut Stages) -> Result<(Targets, guest::Parts, PathBuf), 
     let parts = stages.run("guest image, agent and load", guest::parts)?;
     // The tests run the program as a user does, so it must be there beside them.
     stages.run("build", || cargo(&["build", "--quiet", "--workspace", "--bin", "stillpoint"]).run())?;
-    stages.run("tests in real guests", || targets.in_guests(&parts, &[]).run())?;
+    stages.run("tests in real guests", || targets.in_guests(&parts, &[], &[]))?;
     let later = stages.run("a later QEMU", later_qemu::programs)?;
     let path = later_qemu::path_with(&later);
     stages.run("what speaks with QEMU, with the later one", || {

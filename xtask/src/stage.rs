@@ -1,5 +1,6 @@
 //! Runs other programs, and tells how long each part of a command took.
 
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -86,6 +87,32 @@ impl Program {
             Ok(status) => Err(format!("`{}` failed: {status}", self.name)),
             Err(error) => Err(format!("`{}` does not start: {error}", self.name)),
         }
+    }
+
+    /// Runs it and returns all that it printed, in order, and how it ended.
+    pub(crate) fn together(mut self) -> (Vec<u8>, Result<(), String>) {
+        let failed = |error: io::Error| format!("`{}` does not start: {error}", self.name);
+        let (mut reader, writer) = match io::pipe() {
+            Ok(pipe) => pipe,
+            Err(error) => return (Vec::new(), Err(failed(error))),
+        };
+        let spawned = writer.try_clone().and_then(|second| {
+            let child = self.command.stdout(writer).stderr(second).spawn();
+            // They hold the pipe's other end, which is at its end only when nobody does.
+            self.command.stdout(Stdio::null()).stderr(Stdio::null());
+            child
+        });
+        let mut shown = Vec::new();
+        let ended = spawned.and_then(|mut child| {
+            reader.read_to_end(&mut shown)?;
+            child.wait()
+        });
+        let ended = match ended {
+            Ok(status) if status.success() => Ok(()),
+            Ok(status) => Err(format!("`{}` failed: {status}", self.name)),
+            Err(error) => Err(failed(error)),
+        };
+        (shown, ended)
     }
 
     /// Runs it and returns what it printed; an error, with that, if it fails.

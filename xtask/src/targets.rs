@@ -4,11 +4,12 @@
 //! features that the *selected* packages ask for: with another selection much would be compiled once more.
 
 use crate::guest::Parts;
+use crate::lanes;
 use crate::stage::{Program, cargo};
 use serde_json::Value;
 use std::path::PathBuf;
 
-/// Tests in real guests come one after the other: two emulated guests at once would only wait for each other on a small machine.
+/// The tests of one target come one after the other: each has a guest, and several targets run at once.
 pub(crate) const IN_GUESTS: &[&str] = &["--test-threads=1", "--nocapture"];
 
 /// The names of all integration tests.
@@ -52,9 +53,21 @@ impl Targets {
         tests(&self.of_vm, &[])
     }
 
-    /// Everything that needs a guest.
-    pub(crate) fn in_guests(&self, parts: &Parts, words: &[&str]) -> Program {
-        tests(&self.in_guests, &[IN_GUESTS, words].concat()).env("STILLPOINT_GUEST", &parts.to_string())
+    /// Everything that needs a guest, with more words for the tests and more in their environment.
+    pub(crate) fn in_guests(
+        &self,
+        parts: &Parts,
+        words: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<(), String> {
+        let which: Vec<&str> = self.in_guests.iter().flat_map(|name| ["--test", name.as_str()]).collect();
+        cargo(&[&["test", "--workspace", "--no-run"], &which[..]].concat()).run()?;
+        let of = |name: &String| {
+            let test = tests(std::slice::from_ref(name), &[IN_GUESTS, words].concat());
+            let test = test.env("STILLPOINT_GUEST", &parts.to_string());
+            environment.iter().fold(test, |test, (name, value)| test.env(name, value))
+        };
+        lanes::run(self.in_guests.iter().map(of).collect())
     }
 }
 
