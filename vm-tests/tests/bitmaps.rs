@@ -42,6 +42,9 @@ fn a_qcow2_disk_keeps_its_bitmap_over_a_clean_shutdown_and_a_raw_one_is_compared
 
     println!("-- a clean shutdown");
     println!("powered off in {:.1?}", guest.power_off(LIMIT));
+    let off = stillpoint.must(&["snapshot", "db1"]);
+    assert_eq!(methods(&off), ["bitmap", "compared"], "{off}");
+    assert_eq!((&off["level"], &off["parent"]), (&"crash".into(), &full["snapshot"]), "{off}");
     let guest = start(disks.clone());
     stillpoint.must(&["vm", "remove", "db1"]);
     register(&guest);
@@ -64,7 +67,7 @@ fn a_qcow2_disk_keeps_its_bitmap_over_a_clean_shutdown_and_a_raw_one_is_compared
     register(&guest);
     let after_kill = stillpoint.must(&["snapshot", "db1"]);
     assert_eq!(methods(&after_kill), ["compared", "compared"], "{after_kill}");
-    stillpoint.assert_sound(3);
+    stillpoint.assert_sound(4);
 }
 
 fn methods(snapshot: &Value) -> Vec<&str> {

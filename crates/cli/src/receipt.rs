@@ -72,9 +72,12 @@ impl Page<'_> {
         let Some(point) = &self.receipt.point else { return line(f, "point", "none") };
         let what = match point.disks.len() {
             1 => "1 disk".to_owned(),
-            n => format!("{n} disks at one instant"),
+            n if point.writers_unseen.is_empty() => format!("{n} disks at one instant"),
+            n => format!("{n} disks"),
         };
-        let how = if point.vcpus_stopped && point.stopped_ms <= 0.0 {
+        let how = if point.shut_off {
+            ", while the VM was shut off".to_owned()
+        } else if point.vcpus_stopped && point.stopped_ms <= 0.0 {
             ", while the VM was paused".to_owned()
         } else if point.vcpus_stopped {
             format!(", virtual CPUs stopped for {:.1} ms", point.stopped_ms)
@@ -159,7 +162,7 @@ fn disks(f: &mut Formatter<'_>, disks: &[DiskEvidence]) -> fmt::Result {
                 match copy.method {
                     CopyMethod::Full => "full",
                     CopyMethod::Bitmap => "increment",
-                    CopyMethod::Compared => "increment by comparison: the bitmap was lost",
+                    CopyMethod::Compared => "increment by comparison: no bitmap",
                 }
             )?,
         }

@@ -1,7 +1,8 @@
 //! The rehearsal: everything that a run does in the guest, except locks and freeze, and the level to expect.
 
 use crate::guest::Guest;
-use crate::register::VmEntry;
+use crate::register::{Register, RegisterError, VmEntry};
+use crate::seen::Seen;
 use guest_protocol::stillpoint::{CheckReport, FilesystemState, GuestReport, ThawCause};
 use qmp::machine::QueryStatus;
 use snapshot::receipt::{Agent, DiskEvidence, Order, Point, Receipt};
@@ -29,6 +30,9 @@ pub enum CheckError {
     /// The monitor.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
+    /// What was last seen of the VM.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
     /// The agent answered, but not this.
     #[error("the agent did not answer the rehearsal: {0}")]
     Agent(String),
@@ -38,14 +42,22 @@ pub enum CheckError {
 ///
 /// # Errors
 /// See [`CheckError`]; no agent, or a stock one, is a result and not an error.
-pub fn rehearse(entry: &VmEntry) -> Result<Rehearsal, CheckError> {
-    let mut monitor = Monitor::connect(&entry.qmp, Duration::from_secs(10))?;
+pub fn rehearse(register: &Register, entry: &VmEntry) -> Result<Rehearsal, CheckError> {
+    let mut monitor = match Monitor::connect(&entry.qmp, Duration::from_secs(10)) {
+        Err(nobody) if nobody.is_nobody() && Seen::last(register, &entry.name)?.is_some() => {
+            let message = "the VM is shut off: a snapshot reads its images as they are";
+            let reasons = vec![Reason::new("vm_shut_off", &entry.name, message)];
+            return Ok(Rehearsal { agent: message.to_owned(), level: Level::Crash, reasons, report: None });
+        }
+        connected => connected?,
+    };
     if !monitor.run(&QueryStatus {})?.running {
         let message = "the VM is paused, so nobody in the guest can answer";
         let reasons = vec![Reason::new("vm_paused", &entry.name, message)];
         return Ok(Rehearsal { agent: message.to_owned(), level: Level::Crash, reasons, report: None });
     }
-    let drives = machine::drives(&mut monitor)?;
+    let seen = Seen::now(machine::definition(&mut monitor)?, machine::drives(&mut monitor)?);
+    seen.keep(register, &entry.name)?;
     let (mut guest, why) = Guest::connect(entry);
     let agent = guest.describe(why.as_ref());
     let Some(report) = guest.check().map_err(CheckError::Agent)? else {
@@ -59,7 +71,8 @@ pub fn rehearse(entry: &VmEntry) -> Result<Rehearsal, CheckError> {
         size_bytes: disk.size_bytes,
         copy: None,
     };
-    let expected = judge(&receipt_if_all_goes_well(&report, drives.disks.iter().map(evidence).collect()));
+    let expected =
+        judge(&receipt_if_all_goes_well(&report, seen.drives.disks.iter().map(evidence).collect()));
     let mut reasons = report.reasons.clone();
     reasons.extend(expected.reasons.into_iter().filter(|reason| !report.reasons.contains(reason)));
     Ok(Rehearsal { agent, level: expected.level, reasons, report: Some(report) })

@@ -14,6 +14,7 @@ mod parent;
 pub mod pieces;
 pub mod register;
 pub mod restore;
+mod seen;
 pub mod serve;
 pub mod snapshot;
 pub mod survey;

@@ -2,6 +2,7 @@
 //!
 //! One small file a VM in a private folder, replaced by rename: a crash leaves the old entry or the new one.
 
+use crate::seen::Seen;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
@@ -78,7 +79,7 @@ impl Register {
     /// # Errors
     /// `Io` if it cannot be made.
     pub fn open(folder: &Path) -> Result<Self, RegisterError> {
-        for part in ["vms", "journal", "scratch"] {
+        for part in ["vms", "seen", "journal", "scratch"] {
             make_private(&folder.join(part))?;
         }
         Ok(Self { folder: folder.to_owned() })
@@ -87,6 +88,11 @@ impl Register {
     /// The state folder itself.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Folder of what was last seen of each VM.
+    pub(crate) fn seen(&self) -> PathBuf {
+        self.folder.join("seen")
     }
 
     /// Folder of the journals.
@@ -150,6 +156,8 @@ impl Register {
     pub fn remove(&self, name: &str) -> Result<(), RegisterError> {
         self.get(name)?;
         let _lock = self.lock(name)?;
+        // First, so that another VM of this name never finds it.
+        Seen::forget(self, name)?;
         let path = self.path(name)?;
         fs::remove_file(&path).map_err(|source| RegisterError::Io { path, source })
     }

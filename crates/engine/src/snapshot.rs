@@ -1,23 +1,27 @@
-//! One run: takes a snapshot of a running VM.
+//! One run: takes a snapshot of a VM, running or shut off.
 //!
 //! `snapshot::conduct` leads it and holds what must be undone, after a panic too; [`Carrier`] is its hands, with a
 //! real guest, QEMU and repository. What a killed process leaves is in the journal, and the guest thaws by itself.
 
+mod archive;
 mod error;
 mod facts;
+mod shut_off;
 
 pub use error::SnapshotError;
 
-use crate::copy::{Source, Tally};
 use crate::guest::Guest;
 use crate::journal::{Journal, Note};
 use crate::register::{Register, VmEntry, VmLock};
+use crate::seen::Seen;
 use crate::watch::{Cancel, Watch};
 use crate::{claim, definition, fresh_id, now_ms};
-use facts::{Facts, disk_facts};
-use repository::{Manifest, Part, Repository, Role, SnapshotId, Writer};
+use archive::Archive;
+use facts::Facts;
+use qmp::machine::QueryStatus;
+use repository::{Manifest, Repository, SnapshotId, Writer};
 use snapshot::conduct::{Ended, Hands, Kept, conduct};
-use snapshot::receipt::{CopyEvidence, CopyMethod, Point, Receipt};
+use snapshot::receipt::{Point, Receipt};
 use snapshot::run::Action;
 use snapshot::{Request, Verdict};
 use std::io;
@@ -50,7 +54,8 @@ pub struct Taken {
     pub left: Option<String>,
 }
 
-/// Takes a snapshot. Every way out thaws the guest and leaves either a complete snapshot or none.
+/// Takes a snapshot, of a VM that is shut off from its images. Every way out thaws the guest and leaves either a complete
+/// snapshot or none.
 ///
 /// # Errors
 /// See [`SnapshotError`].
@@ -64,7 +69,15 @@ pub fn take(
     let entry = register.get(&request.vm)?;
     watch.step("preparing");
     let began = Instant::now();
-    let mut claimed = claim::connect(register, &entry)?;
+    let mut claimed = match claim::connect(register, &entry) {
+        Err(SnapshotError::Monitor(nobody)) if nobody.is_nobody() => {
+            return match Seen::last(register, &entry.name)? {
+                Some(seen) => shut_off::take(register, repository, request, seen, watch, cancel),
+                None => Err(nobody.into()),
+            };
+        }
+        connected => connected?,
+    };
     let run = fresh_id();
     // Without disks nothing is put into QEMU, and nobody is in the way.
     if !request.no_data {
@@ -88,6 +101,7 @@ pub fn take(
         watch,
         cancel,
         began,
+        archive: Archive::new(request, watch, cancel, facts, writer, definition),
         guest,
         monitor: claimed.monitor,
         journal: claimed.journal,
@@ -96,17 +110,12 @@ pub fn take(
         plan,
         planned: planned.as_ref(),
         prepared: None,
-        facts,
-        parts: definition.parts,
-        definition: definition.json,
-        writer: Some(writer),
-        sealed: None,
         left: None,
         _lock: claimed.lock,
     };
     let (carrier, outcome) = conduct(carrier, request, receipt, can_freeze);
     let Kept { receipt, verdict } = outcome.map_err(|failure| carrier.explain(failure.into()))?;
-    let (id, manifest) = carrier.sealed.expect("a run that was kept was sealed");
+    let (id, manifest) = carrier.archive.sealed.expect("a run that was kept was sealed");
     Ok(Taken { id, manifest, receipt, verdict, left: carrier.left })
 }
 
@@ -128,10 +137,15 @@ fn know(
     run: &str,
     monitor: &mut Monitor,
 ) -> Result<Known, SnapshotError> {
-    let facts = Facts::gather(monitor, repository, request)?;
+    let seen = Seen::now(machine::definition(monitor)?, machine::drives(monitor)?);
+    // Only a snapshot of the VM while it is shut off would lack it.
+    let _kept = seen.keep(register, &entry.name);
+    let wanted = facts::wanted(&seen.drives, request)?;
+    let facts = Facts::choose(&seen.drives, wanted, &machine::nodes(monitor)?, repository, request)?;
     let writer = repository.begin()?;
-    let definition = definition::keep(&machine::definition(monitor)?, &writer)?;
-    let plan = facts.plan(register, repository, run)?;
+    let definition = definition::keep(&seen.definition, &writer)?;
+    let running = monitor.run(&QueryStatus {})?.running;
+    let plan = facts.plan(register, repository, run, running)?;
     let mut receipt = facts.receipt(request, run);
     receipt.reasons.extend(definition.reasons.iter().cloned());
     let guest = Guest::find(entry, request, monitor, &mut receipt);
@@ -144,6 +158,7 @@ struct Carrier<'a> {
     watch: &'a dyn Watch,
     cancel: &'a Cancel,
     began: Instant,
+    archive: Archive<'a>,
     guest: Guest,
     monitor: Monitor,
     journal: Journal,
@@ -154,11 +169,6 @@ struct Carrier<'a> {
     planned: Option<&'a Plan>,
     /// Until the cut.
     prepared: Option<Prepared<'a>>,
-    facts: Facts,
-    parts: Vec<Part>,
-    definition: serde_json::Value,
-    writer: Option<Writer>,
-    sealed: Option<(SnapshotId, Manifest)>,
     left: Option<String>,
     _lock: VmLock,
 }
@@ -215,7 +225,8 @@ impl Hands for Carrier<'_> {
             at_ms,
             vcpus_stopped: true,
             stopped_ms: cut.stopped.map_or(0.0, |stopped| stopped.as_secs_f64() * 1000.0),
-            disks: self.facts.wanted.iter().map(|wanted| wanted.disk.name.clone()).collect(),
+            disks: self.archive.disks(),
+            ..Point::default()
         }))
     }
 
@@ -226,57 +237,12 @@ impl Hands for Carrier<'_> {
     fn copy(&mut self, receipt: &mut Receipt) -> Result<(), SnapshotError> {
         let Some(plan) = &self.plan else { return Ok(()) };
         let exports = point::export(&mut self.monitor, plan)?;
-        let failed = |disk: &str| {
-            let disk = disk.to_owned();
-            move |source| SnapshotError::Copy { disk, source }
-        };
-        let mut sources = Vec::new();
-        for (export, wanted) in exports.iter().zip(&self.facts.wanted) {
-            let source = Source::open(&plan.socket, export).map_err(failed(&wanted.disk.name))?;
-            sources.push(source);
-        }
-        let total_bytes = sources.iter().map(Source::read_bytes).sum();
-        let mut tally = Tally { watch: self.watch, done_bytes: 0, total_bytes };
-        let writer = self.writer.as_ref().expect("it is there until the seal");
-        for ((source, wanted), planned) in sources.into_iter().zip(&self.facts.wanted).zip(&plan.disks) {
-            let name = &wanted.disk.name;
-            let size_bytes = source.size_bytes();
-            let disk = writer.disk(size_bytes, wanted.parent.as_ref())?;
-            let (root, stats) = source.store(disk, &mut tally, self.cancel).map_err(failed(name))?;
-            let method = match (&wanted.base, &wanted.parent) {
-                (Some(_), _) => CopyMethod::Bitmap,
-                (None, Some(_)) => CopyMethod::Compared,
-                (None, None) => CopyMethod::Full,
-            };
-            if let Some(evidence) = receipt.disks.iter_mut().find(|disk| disk.name == *name) {
-                evidence.copy = Some(CopyEvidence {
-                    method,
-                    read_bytes: stats.read_bytes,
-                    changed_bytes: stats.changed_bytes,
-                    stored_bytes: stats.stored_bytes,
-                });
-            }
-            let facts = disk_facts(&wanted.disk, &planned.bitmap);
-            self.parts.push(Part { name: name.clone(), role: Role::Disk, size_bytes, root, facts });
-        }
-        Ok(())
+        let bitmaps: Vec<_> = plan.disks.iter().map(|disk| Some(&disk.bitmap[..])).collect();
+        self.archive.store(&plan.socket, &exports, &bitmaps, receipt)
     }
 
     fn seal(&mut self, receipt: &Receipt, verdict: &Verdict) -> Result<(), SnapshotError> {
-        let manifest = Manifest {
-            vm: self.request.vm.clone(),
-            parent: self.facts.parent,
-            created_at_ms: receipt.point.as_ref().map_or_else(now_ms, |point| point.at_ms),
-            description: self.request.description.clone(),
-            level: verdict.level.to_string(),
-            parts: std::mem::take(&mut self.parts),
-            definition: std::mem::take(&mut self.definition),
-            receipt: serde_json::to_value(receipt).expect("a receipt has no key that is not text"),
-        };
-        let writer = self.writer.take().expect("it is sealed once");
-        let id = writer.commit(manifest.clone())?;
-        self.sealed = Some((id, manifest));
-        Ok(())
+        self.archive.seal(receipt, verdict)
     }
 
     fn release(&mut self, run: &str, kept: bool) {

@@ -1,7 +1,8 @@
 //! What a VM looks like now: its disks, what counts and what does not, and who answers in the guest.
 
 use crate::guest::Guest;
-use crate::register::VmEntry;
+use crate::register::{Register, RegisterError, VmEntry};
+use crate::seen::Seen;
 use serde::Serialize;
 use std::time::Duration;
 use vm::disks::Drives;
@@ -13,6 +14,9 @@ use vm::monitor::{Monitor, MonitorError};
 pub struct Survey {
     /// The virtual CPUs run.
     pub running: bool,
+    /// The VM is shut off, and was last seen then: milliseconds since 1970. Absent: it was asked now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_seen_ms: Option<u64>,
     /// What the VM is made of.
     pub definition: Definition,
     /// Disks that count, and the others.
@@ -21,16 +25,37 @@ pub struct Survey {
     pub agent: String,
 }
 
-/// Asks a VM's monitor and agent.
+/// Why a VM could not be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum SurveyError {
+    /// Its monitor.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// What was last seen of it.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+}
+
+/// Asks a VM's monitor and agent; of a VM that is shut off, tells what was last seen.
 ///
 /// # Errors
-/// Those of the monitor; a silent agent is no error.
-pub fn survey(entry: &VmEntry) -> Result<Survey, MonitorError> {
-    let mut monitor = Monitor::connect(&entry.qmp, Duration::from_secs(10))?;
+/// See [`SurveyError`]; a silent agent is no error.
+pub fn survey(register: &Register, entry: &VmEntry) -> Result<Survey, SurveyError> {
+    let mut monitor = match Monitor::connect(&entry.qmp, Duration::from_secs(10)) {
+        Err(nobody) if nobody.is_nobody() => {
+            let Some(Seen { at_ms, definition, drives }) = Seen::last(register, &entry.name)? else {
+                return Err(nobody.into());
+            };
+            let agent = "not asked: the VM is shut off".to_owned();
+            return Ok(Survey { running: false, last_seen_ms: Some(at_ms), definition, drives, agent });
+        }
+        connected => connected?,
+    };
     let running = monitor.run(&qmp::machine::QueryStatus {})?.running;
-    let definition = machine::definition(&mut monitor)?;
-    let drives = machine::drives(&mut monitor)?;
+    let seen = Seen::now(machine::definition(&mut monitor)?, machine::drives(&mut monitor)?);
+    seen.keep(register, &entry.name)?;
     let agent =
         if running { Guest::who(entry) } else { "not asked: the virtual CPUs are stopped".to_owned() };
-    Ok(Survey { running, definition, drives, agent })
+    let Seen { definition, drives, .. } = seen;
+    Ok(Survey { running, last_seen_ms: None, definition, drives, agent })
 }

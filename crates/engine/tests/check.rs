@@ -1,7 +1,7 @@
 //! A rehearsal without a guest that could answer it.
 
 use engine::check::rehearse;
-use engine::register::VmEntry;
+use engine::register::{Register, VmEntry};
 use snapshot::Level;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -17,9 +17,10 @@ fn a_paused_vm_is_not_asked_and_can_be_crash_consistent_at_best() {
         .spawn()
         .unwrap();
     let entry = VmEntry { name: "db1".to_owned(), qmp: socket, agent: Some(folder.path().join("nobody")) };
+    let register = Register::open(folder.path()).unwrap();
     let end = Instant::now() + Duration::from_secs(30);
     let rehearsal = loop {
-        match rehearse(&entry) {
+        match rehearse(&register, &entry) {
             Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(50)),
             other => break other,
         }

@@ -17,6 +17,8 @@ pub fn most(receipt: &Receipt) -> Level {
         return Level::None;
     }
     let frozen = match &receipt.agent {
+        // Where no virtual CPU was, nobody froze or quiesced anything.
+        _ if receipt.point.as_ref().is_some_and(|point| point.shut_off) => return Level::Crash,
         Agent::None => false,
         Agent::QemuGa { .. } => frozen_by_stock(receipt),
         Agent::Stillpoint { .. } => frozen_by_ours(receipt),
@@ -55,10 +57,12 @@ pub fn most_of(receipt: &Receipt, application: &ApplicationReport) -> Level {
 fn cut_at_once(receipt: &Receipt) -> bool {
     let Some(point) = &receipt.point else { return false };
     let all = || receipt.disks.iter().all(|disk| point.disks.contains(&disk.name));
+    let stood_still = point.vcpus_stopped || point.shut_off;
     match point.disks.len() {
+        _ if !point.writers_unseen.is_empty() => false,
         0 => false,
         1 => receipt.disks_chosen || all(),
-        _ => point.vcpus_stopped && (receipt.disks_chosen || all()),
+        _ => stood_still && (receipt.disks_chosen || all()),
     }
 }
 

@@ -76,7 +76,11 @@ pub fn receipt(bytes: &mut Unstructured<'_>) -> Result<Receipt> {
     if wrong(bytes)? {
         names.push((*bytes.choose(&DISKS)?).to_owned());
     }
-    let point = Point { vcpus_stopped: !wrong(bytes)?, disks: names, ..Point::default() };
+    let mut point = Point { vcpus_stopped: !wrong(bytes)?, disks: names, ..Point::default() };
+    if wrong(bytes)? {
+        point.shut_off = true;
+        point.writers_unseen = few(bytes, 1, |bytes, at| Ok(one_of(bytes, &DISKS, at)?.to_owned()))?;
+    }
     let version = "1".to_owned();
     let agents = [Agent::Stillpoint { version: version.clone() }, Agent::QemuGa { version }, Agent::None];
     let agent = if bytes.ratio(1, 4)? { bytes.choose(&agents)?.clone() } else { agents[0].clone() };

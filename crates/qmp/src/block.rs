@@ -73,6 +73,9 @@ pub struct Image {
     /// Facts of the format; for qcow2 `data.compat` is `0.10` (version 2) or `1.1` (version 3).
     #[serde(default)]
     pub format_specific: Value,
+    /// The image that it lies on, with all that lies below.
+    #[serde(default)]
+    pub backing_image: Option<Box<Image>>,
 }
 
 impl Image {
@@ -156,6 +159,72 @@ pub enum BlockdevAdd {
     },
 }
 
+/// Opens an image with everything that it lies on, read-only. Nothing is taken from a header: each layer is named.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "driver", rename_all = "kebab-case")]
+pub enum OpenImage {
+    /// A file or device whose bytes are the disk's.
+    #[serde(rename_all = "kebab-case")]
+    Raw {
+        /// Name of the new node; absent on those below the first.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        node_name: Option<String>,
+        /// Always true.
+        read_only: bool,
+        /// What holds its bytes.
+        file: OpenFile,
+    },
+    /// A qcow2 image.
+    #[serde(rename_all = "kebab-case")]
+    Qcow2 {
+        /// Name of the new node; absent on those below the first.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        node_name: Option<String>,
+        /// Always true.
+        read_only: bool,
+        /// What holds its bytes.
+        file: OpenFile,
+        /// What it lies on; `null` says that it lies on nothing, whatever its header says.
+        backing: Option<Box<OpenImage>>,
+    },
+}
+
+/// What holds an image's bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "driver", rename_all = "snake_case")]
+pub enum OpenFile {
+    /// A plain file.
+    #[serde(rename_all = "kebab-case")]
+    File {
+        /// Absolute path.
+        filename: String,
+        /// Always true.
+        read_only: bool,
+        /// Whether QEMU's locks are taken, so that another QEMU could not open it for writing.
+        locking: Locking,
+    },
+    /// A block device.
+    #[serde(rename_all = "kebab-case")]
+    HostDevice {
+        /// Absolute path.
+        filename: String,
+        /// Always true.
+        read_only: bool,
+        /// As for a file.
+        locking: Locking,
+    },
+}
+
+/// Whether QEMU's locks are taken on a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Locking {
+    /// They are.
+    On,
+    /// They are not.
+    Off,
+}
+
 /// What a `copy-before-write` filter does when its copy fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -211,6 +280,7 @@ commands! {
     QueryBlock => "query-block" -> Vec<Device>;
     QueryNamedBlockNodes => "query-named-block-nodes" -> Vec<Node>;
     BlockdevAdd => "blockdev-add" -> Nothing;
+    OpenImage => "blockdev-add" -> Nothing;
     BlockdevDel => "blockdev-del" -> Nothing;
     BlockdevCreate => "blockdev-create" -> Nothing;
 }
@@ -232,6 +302,26 @@ mod tests {
         assert_eq!(
             serde_json::to_string(&add).unwrap(),
             r#"{"driver":"copy-before-write","node-name":"c","file":"d","target":"s","on-cbw-error":"break-snapshot","cbw-timeout":10}"#
+        );
+    }
+
+    #[test]
+    fn an_image_at_the_bottom_says_that_it_lies_on_nothing() {
+        let file = |filename: &str| OpenFile::File {
+            filename: filename.into(),
+            read_only: true,
+            locking: Locking::Off,
+        };
+        let below = OpenImage::Qcow2 { node_name: None, read_only: true, file: file("/b"), backing: None };
+        let top = OpenImage::Qcow2 {
+            node_name: Some("d0".into()),
+            read_only: true,
+            file: file("/a"),
+            backing: Some(Box::new(below)),
+        };
+        assert_eq!(
+            serde_json::to_string(&top).unwrap(),
+            r#"{"driver":"qcow2","node-name":"d0","read-only":true,"file":{"driver":"file","filename":"/a","read-only":true,"locking":"off"},"backing":{"driver":"qcow2","read-only":true,"file":{"driver":"file","filename":"/b","read-only":true,"locking":"off"},"backing":null}}"#
         );
     }
 

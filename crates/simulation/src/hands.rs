@@ -163,7 +163,7 @@ impl Hands for SimulatedHands {
         let world = self.world.borrow();
         let at_ms = u64::try_from(world.now.as_millis()).unwrap_or(0);
         let disks = world.wanted.clone();
-        Ok(Some(Point { at_ms, vcpus_stopped: true, stopped_ms: 5.0, disks }))
+        Ok(Some(Point { at_ms, vcpus_stopped: true, stopped_ms: 5.0, disks, ..Point::default() }))
     }
 
     fn thaw(&mut self, run: &str) -> Ended {

@@ -31,6 +31,9 @@ pub fn judge(receipt: &Receipt) -> Verdict {
     let mut level = cut(receipt, &mut reasons);
     if level >= Level::Crash {
         let inside = match &receipt.agent {
+            _ if receipt.point.as_ref().is_some_and(|point| point.shut_off) => {
+                shut_off(receipt, &mut reasons)
+            }
             Agent::None => without_agent(receipt, &mut reasons),
             Agent::QemuGa { version } => stock(receipt, version, &mut reasons),
             Agent::Stillpoint { .. } => ours(receipt, &mut reasons, &mut applications),
@@ -83,7 +86,14 @@ fn cut(receipt: &Receipt, reasons: &mut Vec<Reason>) -> Level {
         reasons.push(Reason::new("no_disks", &receipt.vm, "the snapshot holds no disk"));
         return Level::None;
     }
-    if point.disks.len() > 1 && !point.vcpus_stopped {
+    if !point.writers_unseen.is_empty() {
+        let message = "lies on a block device or another host's storage, where a write during the copy would not have been \
+                       seen";
+        let unseen = point.writers_unseen.iter().map(|disk| Reason::new("writers_unseen", disk, message));
+        reasons.extend(unseen);
+        return Level::None;
+    }
+    if point.disks.len() > 1 && !point.vcpus_stopped && !point.shut_off {
         let message = "the disks were cut one after the other while the guest ran";
         reasons.push(Reason::new("point_not_atomic", &receipt.vm, message));
         return Level::None;
@@ -95,6 +105,14 @@ fn cut(receipt: &Receipt, reasons: &mut Vec<Reason>) -> Level {
             return Level::None;
         }
     }
+    Level::Crash
+}
+
+/// Whoever claims to have been asked in a VM that is shut off proves nothing.
+fn shut_off(receipt: &Receipt, reasons: &mut Vec<Reason>) -> Level {
+    let message = "it was shut off, and nobody saw how it ended: after a proper shutdown everything is in, after a power \
+                   failure what was written until then";
+    reasons.push(Reason::new("vm_shut_off", &receipt.vm, message));
     Level::Crash
 }
 

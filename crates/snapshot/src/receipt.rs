@@ -49,6 +49,11 @@ pub struct Point {
     pub vcpus_stopped: bool,
     /// How long they were stopped, in milliseconds.
     pub stopped_ms: f64,
+    /// The VM was shut off: from before the first read until after the last no program had an image of these disks open
+    /// for writing, and none changed. So they are the same at every instant between, and no cut was needed.
+    pub shut_off: bool,
+    /// Disks of a VM that was shut off for which that cannot be shown: on a block device or another host's storage.
+    pub writers_unseen: Vec<String>,
     /// Names of the disks that were cut together.
     pub disks: Vec<String>,
 }

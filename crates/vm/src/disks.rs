@@ -1,7 +1,7 @@
 //! Which of a VM's drives count as disks, decided from what QEMU reports. Pure; no image is ever opened or probed.
 
 use qmp::bitmap::Bitmap;
-use qmp::block::{Device, Node};
+use qmp::block::{Device, Image, Node};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -67,6 +67,21 @@ pub struct Disk {
     /// Its requests are served by an I/O thread, which a point does not allow in every QEMU.
     #[serde(default)]
     pub io_thread: bool,
+    /// The images that it is made of, the one that the guest writes first: how to read it while the VM is shut off.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<Layer>,
+}
+
+/// One image of a disk's chain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    /// Its driver, as QEMU was told.
+    pub format: String,
+    /// Its file name, as QEMU knows it.
+    pub file: String,
+    /// Its data lie in another file, which the image only names.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub data_elsewhere: bool,
 }
 
 /// Why a drive does not count, or cannot be cut now.
@@ -137,6 +152,7 @@ pub fn decide(devices: &[Device], facts: &BTreeMap<String, DeviceFacts>) -> Driv
                 bus: bus(&facts.kind),
                 keeps_bitmaps: node.drv == "qcow2" && node.image.keeps_bitmaps(),
                 io_thread: facts.io_thread,
+                layers: layers(&node.image),
             }),
             Err(why) => drives.left_out.push(LeftOut { name, why }),
         }
@@ -165,6 +181,17 @@ fn judge<'a>(
         return Err(Left::ReadOnly);
     }
     Ok((node, facts))
+}
+
+/// A chain of images, top first. An image without a file name (a node that is no image) ends it.
+fn layers(top: &Image) -> Vec<Layer> {
+    let chain = std::iter::successors(Some(top), |image| image.backing_image.as_deref());
+    let layer = |image: &Image| Layer {
+        format: image.format.clone(),
+        file: image.filename.clone(),
+        data_elsewhere: image.format_specific["data"]["data-file"].is_string(),
+    };
+    chain.take_while(|image| !image.filename.is_empty()).map(layer).collect()
 }
 
 fn bus(kind: &str) -> Bus {
@@ -250,7 +277,6 @@ pub fn bitmaps<'a>(nodes: &'a [Node], disk: &Disk) -> &'a [Bitmap] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use qmp::block::Image;
 
     fn device(drive: &str, qdev: Option<&str>, removable: bool, inserted: Option<Node>) -> Device {
         Device { device: drive.into(), qdev: qdev.map(str::to_owned), removable, inserted }
@@ -398,6 +424,24 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_knows_every_image_that_it_lies_on() {
+        let image = |format: &str, file: &str, below| Image {
+            format: format.into(),
+            filename: file.into(),
+            backing_image: below,
+            ..Image::default()
+        };
+        let below = image("qcow2", "/b", Some(Box::new(image("raw", "/c", None))));
+        let mut top = image("qcow2", "/a", Some(Box::new(below)));
+        top.format_specific = serde_json::json!({"data": {"compat": "1.1", "data-file": "/a.data"}});
+        let told: Vec<_> = layers(&top)
+            .into_iter()
+            .map(|layer| format!("{} {} {}", layer.format, layer.file, layer.data_elsewhere))
+            .collect();
+        assert_eq!(told, ["qcow2 /a true", "qcow2 /b false", "raw /c false"]);
+    }
+
+    #[test]
     fn a_filter_that_is_in_place_is_told_apart_by_its_owner() {
         check(
             &[
@@ -435,6 +479,7 @@ mod tests {
             bus: Bus::Scsi,
             keeps_bitmaps: true,
             io_thread: false,
+            layers: Vec::new(),
         };
         let good = Bitmap {
             name: Some("b".into()),

@@ -2,6 +2,7 @@
 
 pub mod accelerator;
 pub mod agent;
+pub mod at_rest;
 pub mod disks;
 pub mod machine;
 pub mod monitor;
@@ -9,5 +10,7 @@ pub mod nbd_client;
 mod nbd_received;
 pub mod nbd_server;
 pub mod point;
+mod program;
 pub mod twin;
 pub mod unix;
+pub mod untouched;

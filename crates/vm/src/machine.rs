@@ -2,6 +2,7 @@
 
 use crate::disks::{self, DeviceFacts, Drives};
 use crate::monitor::{Monitor, MonitorError};
+use crate::unix::Peer;
 use qmp::block::{Device, Node, QueryBlock, QueryNamedBlockNodes};
 use qmp::machine::{QueryCpusFast, QueryKvm, QueryMemorySizeSummary, QueryName, QueryUuid};
 use qmp::pci::{self, QueryPci};
@@ -90,7 +91,18 @@ pub fn drives(monitor: &mut Monitor) -> Result<Drives, MonitorError> {
     for qdev in devices.iter().filter_map(|device| device.qdev.as_ref()) {
         facts.insert(qdev.clone(), device_facts(monitor, &buses, qdev)?);
     }
-    Ok(disks::decide(&devices, &facts))
+    let mut drives = disks::decide(&devices, &facts);
+    for layer in drives.disks.iter_mut().flat_map(|disk| &mut disk.layers) {
+        layer.file = absolute(&layer.file, monitor.peer());
+    }
+    Ok(drives)
+}
+
+/// An image's file as another process would name it; QEMU may have been given it relative to its own folder.
+fn absolute(file: &str, qemu: Option<Peer>) -> String {
+    let folder = qemu.and_then(|qemu| std::fs::read_link(format!("/proc/{}/cwd", qemu.pid)).ok());
+    let found = folder.map(|folder| folder.join(file)).filter(|path| path.is_file());
+    found.and_then(|path| path.to_str().map(str::to_owned)).unwrap_or_else(|| file.to_owned())
 }
 
 /// Asks for every node of the block graph.

@@ -70,6 +70,12 @@ pub enum MonitorError {
 }
 
 impl MonitorError {
+    /// Nobody listens at the socket, or there is none: no QEMU is there.
+    pub fn is_nobody(&self) -> bool {
+        let gone = [io::ErrorKind::ConnectionRefused, io::ErrorKind::NotFound];
+        matches!(self, Self::Connect { source, .. } if gone.contains(&source.kind()))
+    }
+
     /// The connection is of no more use; QEMU may live on.
     pub fn is_broken(&self) -> bool {
         matches!(self, Self::Closed { .. } | Self::Io(_) | Self::Wire(_))

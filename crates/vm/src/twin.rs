@@ -9,11 +9,11 @@ pub use user::User;
 
 use crate::agent::{Agent, AgentError};
 use crate::monitor::{Monitor, MonitorError};
+use crate::program::{end_with_us, in_our_path};
 use console::Console;
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -242,25 +242,6 @@ impl Drop for Twin {
         self.child.kill().ok();
         self.child.wait().ok();
     }
-}
-
-/// Where we would find a program that is named without a folder. QEMU gets another `PATH` than ours, and the standard
-/// library would look for its program there: another QEMU than the one that was probed and that made the overlays.
-fn in_our_path(program: &Path) -> PathBuf {
-    let named_only = program.components().count() == 1 && !program.is_absolute();
-    let folders = std::env::var_os("PATH").filter(|_| named_only).unwrap_or_default();
-    let found =
-        std::env::split_paths(&folders).map(|folder| folder.join(program)).find(|path| path.is_file());
-    found.unwrap_or_else(|| program.to_owned())
-}
-
-/// A twin does not outlive the thread that starts it, even if that is killed: nobody would know of it, and its disks are
-/// served by us.
-fn end_with_us(command: &mut Command) {
-    let ask = || Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?);
-    // SAFETY: between fork and exec this makes one system call and allocates nothing. The user has changed by then,
-    // which would have cleared the setting.
-    unsafe { command.pre_exec(ask) };
 }
 
 /// An empty qcow2 without a backing reference in it: the command line names the backing node.

@@ -16,7 +16,8 @@ pub(crate) fn run(global: &Global, name: &str) -> Result<Output, Explanation> {
     let register = open_register(global)?;
     let problem = format!("{name} was not checked");
     let entry = register.get(name).map_err(|e| of_register(&problem, &e))?;
-    let rehearsal = rehearse(&entry).map_err(|error| match error {
+    let rehearsal = rehearse(&register, &entry).map_err(|error| match error {
+        CheckError::Register(error) => of_register(&problem, &error),
         CheckError::Monitor(_) => {
             Explanation::new(Exit::Unreachable, &problem, error.to_string(), reach_monitor(name))
         }

@@ -12,7 +12,9 @@ use engine::snapshot::{SnapshotError, Taken, take};
 use engine::watch::Cancel;
 use serde_json::{Value, json};
 use snapshot::{Level, Reason, Request};
+use vm::at_rest::AtRestError;
 use vm::point::PointError;
+use vm::untouched::Touched;
 
 pub(crate) fn run(global: &Global, wish: &SnapshotArguments, cancel: &Cancel) -> Result<Output, Explanation> {
     let request = request(wish)?;
@@ -166,6 +168,26 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
         SnapshotError::Ended(_) => plain(
             Exit::Unreachable,
             "start the VM, and take it again; no snapshot is left of this run, and the VM's disks are as the VM left them",
+        ),
+        SnapshotError::Image { why: Touched::InUse(_), .. } => plain(
+            Exit::Busy,
+            "if the VM runs, register the monitor that it has now with `vm remove` and `vm add`; if another program writes to \
+             the image, wait until it has ended",
+        ),
+        SnapshotError::Image { .. } | SnapshotError::AtRest(AtRestError::Unreadable { .. }) => plain(
+            Exit::Unreachable,
+            "start the VM, and take it then; if the image was moved, the next snapshot of the running VM learns its place",
+        ),
+        SnapshotError::AtRest(AtRestError::Folder { .. }) => {
+            plain(Exit::Failed, "check the state folder's owner and space, or give another with --state")
+        }
+        SnapshotError::AtRest(_) => plain(
+            Exit::Failed,
+            "see the cause: QEMU's own tools must be able to open the image; or start the VM, and take it then",
+        ),
+        SnapshotError::Started(_) => plain(
+            Exit::Unreachable,
+            "take it again: a running VM is snapshotted as it runs; no snapshot is left of this run, and the VM was not disturbed",
         ),
         SnapshotError::NoSuchDisk { .. } | SnapshotError::NoDisk => plain(
             Exit::NotFound,

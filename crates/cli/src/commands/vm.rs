@@ -5,9 +5,9 @@ use crate::Output;
 use crate::arguments::{Global, VmCommand};
 use crate::escape::Plain;
 use crate::explain::{Exit, Explanation};
-use crate::units::Bytes;
+use crate::units::{Bytes, instant};
 use engine::register::VmEntry;
-use engine::survey::{Survey, survey};
+use engine::survey::{Survey, SurveyError, survey};
 use serde_json::json;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -55,9 +55,12 @@ pub(crate) fn run(global: &Global, command: &VmCommand) -> Result<Output, Explan
         VmCommand::Show { name } => {
             let entry =
                 register.get(name).map_err(|e| of_register(&format!("{name} cannot be shown"), &e))?;
-            let seen = survey(&entry).map_err(|e| {
-                let problem = format!("{name} cannot be asked");
-                Explanation::new(Exit::Unreachable, problem, e.to_string(), reach_monitor(name))
+            let problem = format!("{name} cannot be asked");
+            let seen = survey(&register, &entry).map_err(|error| match error {
+                SurveyError::Register(error) => of_register(&problem, &error),
+                SurveyError::Monitor(error) => {
+                    Explanation::new(Exit::Unreachable, &problem, error.to_string(), reach_monitor(name))
+                }
             })?;
             Ok(Output::new(page(&entry, &seen), json!({ "vm": entry, "seen": seen })))
         }
@@ -73,7 +76,11 @@ fn page(entry: &VmEntry, seen: &Survey) -> String {
     let mut text = format!(
         "{}   {}   {} vCPUs, {} memory, QEMU {}\nmonitor  {}\nagent    {}\ndisks\n",
         Plain(&entry.name),
-        if seen.running { "running" } else { "not running" },
+        match seen.last_seen_ms {
+            Some(at_ms) => format!("shut off, last seen {}", instant(at_ms)),
+            None if seen.running => "running".to_owned(),
+            None => "not running".to_owned(),
+        },
         d.cpus,
         Bytes(d.memory_bytes),
         Plain(&d.qemu_version),

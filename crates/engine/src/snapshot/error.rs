@@ -4,8 +4,10 @@ use crate::copy::CopyError;
 use crate::register::RegisterError;
 use snapshot::conduct::Failure;
 use snapshot::{Level, Reason};
+use vm::at_rest::AtRestError;
 use vm::monitor::MonitorError;
 use vm::point::{PlanError, PointError, UndoError};
+use vm::untouched::Touched;
 
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +33,20 @@ pub enum SnapshotError {
     /// The VM ended before the snapshot was complete.
     #[error("the VM ended during the run: {0}")]
     Ended(String),
+    /// Nobody listens at the monitor, and yet an image cannot be read as that of a VM that is shut off.
+    #[error("nobody listens at the VM's monitor, so it was taken for shut off; but of disk '{disk}' {why}")]
+    Image {
+        /// Its name.
+        disk: String,
+        /// Why.
+        why: Touched,
+    },
+    /// The images cannot be opened.
+    #[error(transparent)]
+    AtRest(#[from] AtRestError),
+    /// An image was written to while it was read.
+    #[error("the VM was started, or another program wrote to its disks, while they were read: {0}")]
+    Started(Touched),
     /// A wanted disk is not there, or does not count.
     #[error("'{disk}' is no disk of this VM that can be in a snapshot; there are: {known}")]
     NoSuchDisk {

@@ -101,6 +101,20 @@ fn disks_cut_while_the_guest_ran_are_torn() {
 }
 
 #[test]
+fn a_vm_that_is_shut_off_is_as_after_a_power_failure_whoever_claims_to_have_frozen_it() {
+    let off = |r: &mut Receipt| {
+        let point = r.point.as_mut().unwrap();
+        (point.vcpus_stopped, point.shut_off) = (false, true);
+    };
+    check(off, Level::Crash, "vm_shut_off");
+    let unseen = |r: &mut Receipt| {
+        off(r);
+        r.point.as_mut().unwrap().writers_unseen = vec!["data".to_owned()];
+    };
+    check(unseen, Level::None, "writers_unseen");
+}
+
+#[test]
 fn a_disk_outside_the_point_makes_it_none_unless_it_was_left_out_by_choice() {
     let drop = |r: &mut Receipt| r.point.as_mut().unwrap().disks = vec!["data".to_owned()];
     check(drop, Level::None, "disk_outside_point");
