@@ -39,7 +39,7 @@ fn wake_ups(guest: &Guest) -> u64 {
 }
 
 #[test]
-fn the_agent_serves_one_host_after_the_other_and_sleeps_in_between() {
+fn d20_d21_the_agent_serves_one_host_after_the_other_and_sleeps_in_between() {
     let guest = Guest::builder().append("stillpoint.postgresql=off").start().expect("QEMU starts");
     guest.booted(LIMIT);
     println!("agent after {:.1?}", guest.agent_ready(LIMIT));

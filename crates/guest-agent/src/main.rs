@@ -46,9 +46,13 @@ fn print(text: &str) -> io::Result<()> {
 
 fn run(mut options: Options) -> ExitCode {
     options.make_absolute();
+    // Whoever started a daemon is let go when this is dropped: after the log says why.
+    let mut starter = None;
     let served = activation::take().and_then(|activated| {
-        let fork = options.daemon.then(daemon::fork_away).transpose();
-        serve(options, activated, fork.map_err(|error| format!("cannot go on in the background: {error}"))?)
+        if options.daemon {
+            starter = Some(daemon::fork_away().map_err(in_background)?);
+        }
+        serve(options, activated, &mut starter)
     });
     match served {
         Ok(()) => ExitCode::SUCCESS,
@@ -59,7 +63,15 @@ fn run(mut options: Options) -> ExitCode {
     }
 }
 
-fn serve(mut options: Options, activated: Option<OwnedFd>, starter: Option<Starter>) -> Result<(), String> {
+fn in_background(error: io::Error) -> String {
+    format!("cannot go on in the background: {error}")
+}
+
+fn serve(
+    mut options: Options,
+    activated: Option<OwnedFd>,
+    starter: &mut Option<Starter>,
+) -> Result<(), String> {
     // Without the right to it, it is still an agent.
     let _spared = guest_agent::oom::be_spared();
     // Before any thread: those that are started later divert them too.
@@ -71,9 +83,11 @@ fn serve(mut options: Options, activated: Option<OwnedFd>, starter: Option<Start
     let agent = Agent::start(options, signals, activated);
     log_file.wait().map_err(|error| format!("unable to open specified log file: {error}"))?;
     let mut agent = agent?;
-    if let Some(starter) = starter {
+    if starter.is_some() {
         agent.write_pid_file(pid_file)?;
-        starter.started().map_err(|error| format!("cannot go on in the background: {error}"))?;
+    }
+    if let Some(starter) = starter.take() {
+        starter.started().map_err(in_background)?;
     }
     agent.serve().map_err(|error| format!("cannot go on: {error}"))
 }

@@ -44,7 +44,7 @@ fn each_client_has_its_own_half_message_and_its_own_answers() {
 }
 
 #[test]
-fn a_half_message_of_a_client_that_left_harms_nobody() {
+fn d20_a_half_message_of_a_client_that_left_harms_nobody() {
     let agent = Agent::start();
     for _ in 0..3 {
         agent.client().send(r#"{"execute": "guest-pi"#);
@@ -53,7 +53,7 @@ fn a_half_message_of_a_client_that_left_harms_nobody() {
 }
 
 #[test]
-fn a_client_that_left_its_answers_unread_harms_nobody() {
+fn d18_a_client_that_left_its_answers_unread_harms_nobody() {
     let mut agent = Agent::start();
     let mut other = agent.client();
     for _ in 0..5 {
@@ -67,7 +67,7 @@ fn a_client_that_left_its_answers_unread_harms_nobody() {
 }
 
 #[test]
-fn a_client_that_never_reads_is_no_longer_read_from_and_costs_nothing() {
+fn d19_a_client_that_never_reads_is_no_longer_read_from_and_costs_nothing() {
     let agent = Agent::start();
     let mut deaf = agent.client();
     let taken = deaf.stuff(r#"{"execute":"guest-info"}"#.repeat(100).as_bytes());
@@ -89,6 +89,22 @@ fn a_client_may_end_its_input_and_still_hear_the_answer() {
     let rest = client.rest();
     assert_eq!(rest.lines().count(), 2, "{rest}");
     assert!(rest.ends_with("{\"return\": {}}\n"), "{rest}");
+}
+
+#[test]
+fn a_flood_of_clients_dismisses_none_that_waits_for_an_answer() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let pipe = folder.path().join("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
+        .expect("a pipe");
+    let agent = Agent::start_with(&[], &[("QGA_OS_RELEASE", pipe.to_str().expect("plain"))]);
+    let mut waiting = agent.client();
+    // Nobody writes into the pipe yet, so the answer takes its time.
+    waiting.send(r#"{"execute":"guest-get-osinfo"}"#);
+    let mut flood: Vec<_> = (0..100).map(|_| agent.client()).collect();
+    assert_eq!(flood.last_mut().expect("many").ask(PING), r#"{"return": {}}"#);
+    std::fs::write(&pipe, "ID=pipe\n").expect("the agent reads");
+    assert!(waiting.line().contains(r#""id": "pipe""#));
 }
 
 #[test]

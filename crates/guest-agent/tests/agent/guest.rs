@@ -22,6 +22,17 @@ impl Agent {
     }
 
     pub(crate) fn start_with(arguments: &[&str], environment: &[(&str, &str)]) -> Agent {
+        let agent = Agent::spawn(arguments, environment);
+        until("the agent listens", || UnixStream::connect(agent.socket()).is_ok());
+        agent
+    }
+
+    /// One that is not expected at its socket.
+    pub(crate) fn start_without_wait(arguments: &[&str]) -> Agent {
+        Agent::spawn(arguments, &[])
+    }
+
+    fn spawn(arguments: &[&str], environment: &[(&str, &str)]) -> Agent {
         let folder = tempfile::tempdir().expect("a folder");
         let child = Command::new(env!("CARGO_BIN_EXE_stillpoint-agent"))
             .args(["-m", "unix-listen", "-v", "-p"])
@@ -35,9 +46,7 @@ impl Agent {
             .stdin(Stdio::null())
             .spawn()
             .expect("the agent starts");
-        let agent = Agent { child, folder };
-        until("the agent listens", || UnixStream::connect(agent.socket()).is_ok());
-        agent
+        Agent { child, folder }
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -45,14 +54,12 @@ impl Agent {
     }
 
     pub(crate) fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.path().join("log")).expect("a log")
+        // It may not have come to it yet.
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }
 
     pub(crate) fn client(&self) -> Client {
-        let stream = UnixStream::connect(self.socket()).expect("the agent listens");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
-        stream.set_write_timeout(Some(PATIENCE)).expect("a time limit");
-        Client { lines: BufReader::new(stream.try_clone().expect("a descriptor")), stream }
+        Client::new(UnixStream::connect(self.socket()).expect("the agent listens"))
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -115,6 +122,12 @@ pub(crate) struct Client {
 }
 
 impl Client {
+    pub(crate) fn new(stream: UnixStream) -> Client {
+        stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
+        stream.set_write_timeout(Some(PATIENCE)).expect("a time limit");
+        Client { lines: BufReader::new(stream.try_clone().expect("a descriptor")), stream }
+    }
+
     pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.stream.write_all(bytes.as_ref()).expect("the agent reads");
     }

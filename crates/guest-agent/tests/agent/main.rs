@@ -1,6 +1,11 @@
 //! The real program, talked to over a unix socket. Nothing is ever frozen here: freezes have a namespace of their own.
 
+mod activation;
 mod commands;
+mod configuration;
 mod connections;
+mod daemon;
 mod guest;
 mod process;
+mod serial;
+mod vsock;

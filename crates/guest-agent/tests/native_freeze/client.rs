@@ -34,11 +34,16 @@ impl Inside {
         self.started(Command::new("/bin/stillpoint-agent"))
     }
 
+    /// One with these flags besides.
+    pub(crate) fn agent_with(&self, flags: &[&str]) -> Agent {
+        let mut command = Command::new("/bin/stillpoint-agent");
+        command.args(flags);
+        self.started(command)
+    }
+
     /// One whose plain freezes have a lease of this many milliseconds.
     pub(crate) fn agent_with_compat_lease(&self, lease_ms: u64) -> Agent {
-        let mut command = Command::new("/bin/stillpoint-agent");
-        command.arg(format!("--compat-lease-ms={lease_ms}"));
-        self.started(command)
+        self.agent_with(&[&format!("--compat-lease-ms={lease_ms}")])
     }
 
     /// Starts an agent in a mount namespace of its own, whose root is a folder that `Build::system` filled.
@@ -231,10 +236,13 @@ impl Agent {
         kill(self.pid(), signal);
     }
 
-    /// Waits for its end.
-    pub(crate) fn ended(&mut self, at_most: Duration) {
+    /// Waits for its end, and answers its exit code.
+    pub(crate) fn ended(&mut self, at_most: Duration) -> Option<i32> {
         let begun = Instant::now();
-        while self.child.try_wait().unwrap().is_none() {
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
             assert!(begun.elapsed() < at_most, "the agent has not ended within {at_most:?}");
             thread::sleep(Duration::from_millis(5));
         }
@@ -250,6 +258,23 @@ impl Channel {
     pub(crate) fn send(&mut self, command: &str, arguments: Value) {
         let request = json!({"execute": command, "arguments": arguments});
         self.lines.get_mut().write_all(format!("{request}\n").as_bytes()).unwrap();
+    }
+
+    pub(crate) fn send_with_id(&mut self, command: &str, id: u64) {
+        let request = json!({"execute": command, "id": id});
+        self.lines.get_mut().write_all(format!("{request}\n").as_bytes()).unwrap();
+    }
+
+    /// Asks until the agent takes no more, and never reads an answer.
+    pub(crate) fn stuff(&mut self, command: &str) {
+        let stream = self.lines.get_mut();
+        stream.set_nonblocking(true).unwrap();
+        let request = json!({"execute": command}).to_string().repeat(100);
+        let mut refused = 0;
+        while refused < 20 {
+            refused = if stream.write(request.as_bytes()).is_ok() { 0 } else { refused + 1 };
+            thread::sleep(Duration::from_millis(if refused > 0 { 20 } else { 0 }));
+        }
     }
 
     pub(crate) fn receive(&mut self) -> Value {

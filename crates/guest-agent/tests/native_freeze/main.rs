@@ -8,6 +8,7 @@
 #![expect(clippy::unwrap_used, reason = "a step that fails ends the test, which is what it is for")]
 
 mod client;
+mod contract;
 mod outside;
 mod private_root;
 mod rescue;

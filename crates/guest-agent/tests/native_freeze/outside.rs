@@ -1,7 +1,7 @@
 //! Runs the scenes one after another, each in its own private root, and prints as Rust's own test runner does.
 
 use super::private_root::THROTTLE;
-use super::scenes::{SCENES, Scene};
+use super::scenes::{self, Scene};
 use rustix::io::{FdFlags, fcntl_setfd};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -24,7 +24,7 @@ pub(crate) fn main(words: &[&str]) {
                 .iter()
                 .any(|filter| if exact { scene.name == **filter } else { scene.name.contains(**filter) })
     };
-    let scenes: Vec<&Scene> = SCENES.iter().filter(wanted).collect();
+    let scenes: Vec<&Scene> = scenes::all().filter(wanted).collect();
     if words.contains(&"--list") {
         scenes.iter().for_each(|scene| println!("{}: test", scene.name));
         return;

@@ -21,15 +21,21 @@ macro_rules! scenes {
     };
 }
 
+pub(crate) use scenes;
+
+pub(crate) fn all() -> impl Iterator<Item = &'static Scene> {
+    SCENES.iter().chain(super::contract::SCENES)
+}
+
 pub(crate) fn find(name: &str) -> &'static Scene {
-    SCENES.iter().find(|scene| scene.name == name).unwrap_or_else(|| panic!("no scene {name}"))
+    all().find(|scene| scene.name == name).unwrap_or_else(|| panic!("no scene {name}"))
 }
 
 fn ext4(build: &mut Build) {
     build.filesystem("ext4", "/data");
 }
 
-fn two(build: &mut Build) {
+pub(crate) fn two(build: &mut Build) {
     build.filesystem("ext4", "/a");
     build.filesystem("ext4", "/b");
 }
@@ -272,17 +278,6 @@ scenes! {
         until("the run is over", Duration::from_secs(8), || agent.state() == "thawed");
         assert_eq!(agent.thaw("r")["thawed_by"], "lease_ended");
         assert!(inside.guard().is_none(), "the guard that hung was ended");
-    };
-
-    sigterm_while_frozen_thaws_and_ends: two, |inside| {
-        let mut agent = inside.agent();
-        agent.freeze("r", 60_000);
-        agent.signal(libc::SIGTERM);
-        inside.until_writable("/a", Duration::from_secs(2));
-        agent.ended(Duration::from_secs(5));
-        inside.expect_writable(&["/b"]);
-        until("the guard is gone", Duration::from_secs(5), || inside.guard().is_none());
-        assert!(!std::path::Path::new("/run/freeze-undo").exists());
     };
 
     the_guard_survives_signals_to_the_agents_process_group: ext4, |inside| {
@@ -590,7 +585,7 @@ fn the_wrong_order_waits_for_ever() {
 }
 
 /// Says why a scene cannot be played here.
-fn cannot_throttle() -> bool {
+pub(crate) fn cannot_throttle() -> bool {
     match std::fs::read_to_string("/run/no-throttle") {
         Ok(path) => {
             eprintln!("SKIPPED needs {path} to slow a device down");
