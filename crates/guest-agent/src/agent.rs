@@ -1,7 +1,7 @@
 //! The loop: hears hosts, hands requests to the commands, sends answers. It never waits for anything but events.
 
 use crate::channel::{Channel, Kind, Link, Listener, State};
-use crate::commands::{Commands, EXEC_TOKEN, Reply, Settings};
+use crate::commands::{Commands, Delivery, EXEC_TOKEN, Reply, Settings, Transfer};
 use crate::daemon::PidFile;
 use crate::log;
 use crate::options::Options;
@@ -37,6 +37,8 @@ pub struct Agent {
     links: BTreeMap<u32, Link>,
     /// Links that could do more at once.
     busy: BTreeSet<u32>,
+    /// By ticket, answers of which there is more than was sent.
+    transfers: BTreeMap<u64, Transfer>,
     numbers: u32,
     clock: u64,
     /// A port is opened again and again (`-r`).
@@ -86,6 +88,7 @@ impl Agent {
             channel,
             links: BTreeMap::new(),
             busy: BTreeSet::new(),
+            transfers: BTreeMap::new(),
             numbers: 0,
             clock: 0,
             retry: options.retry_path,
@@ -218,11 +221,34 @@ impl Agent {
         let Some(link) = self.links.get_mut(&number) else { return };
         let commands = &mut self.commands;
         match link.work(|connection, dispatch| carry_out(commands, connection, dispatch)) {
-            State::Idle => {}
+            State::Idle => self.transfer(number),
             State::Busy => {
                 self.busy.insert(number);
+                self.transfer(number);
             }
             State::Closed => self.close(number),
+        }
+    }
+
+    /// Goes on with answers of which there is more, and ends those that nobody wants any more.
+    fn transfer(&mut self, number: u32) {
+        if self.transfers.is_empty() {
+            return;
+        }
+        let Some(link) = self.links.get_mut(&number) else { return };
+        let connection = link.connection();
+        if let Some(ticket) = connection.wants_piece()
+            && let Some(transfer) = self.transfers.remove(&ticket)
+            && !self.commands.go_on(ticket, transfer)
+        {
+            connection.cut(ticket);
+            self.busy.insert(number);
+        }
+        let unwanted =
+            |ticket: &u64| Connection::number_of(*ticket) == number && !connection.is_wanted(*ticket);
+        let unwanted: Vec<u64> = self.transfers.keys().copied().filter(unwanted).collect();
+        for transfer in unwanted.iter().filter_map(|ticket| self.transfers.remove(ticket)) {
+            self.commands.end(transfer);
         }
     }
 
@@ -231,12 +257,22 @@ impl Agent {
         let finished = self.commands.finished();
         self.commands.reap();
         self.write_delayed_pid_file();
-        for (ticket, answer) in finished {
+        for (ticket, delivery) in finished {
             let number = Connection::number_of(ticket);
-            if let Some(link) = self.links.get_mut(&number) {
-                link.connection().answer(ticket, answer);
-                self.work(number);
+            let connection = self.links.get_mut(&number).map(Link::connection);
+            match (delivery, connection) {
+                (Delivery::Answer(answer), Some(connection)) => connection.answer(ticket, answer),
+                (Delivery::Answer(_), None) => {}
+                (Delivery::Piece(piece, more), connection) => {
+                    let is_wanted = connection.is_some_and(|connection| connection.piece(ticket, piece));
+                    match more {
+                        Some(transfer) if is_wanted => drop(self.transfers.insert(ticket, transfer)),
+                        Some(transfer) => self.commands.end(transfer),
+                        None => {}
+                    }
+                }
             }
+            self.work(number);
         }
     }
 
@@ -263,6 +299,12 @@ impl Agent {
     fn drop_link(&mut self, number: u32) {
         let Some(mut link) = self.links.remove(&number) else { return };
         self.busy.remove(&number);
+        let theirs = |ticket: &u64| Connection::number_of(*ticket) == number;
+        for transfer in self.transfers.keys().copied().filter(theirs).collect::<Vec<_>>() {
+            if let Some(transfer) = self.transfers.remove(&transfer) {
+                self.commands.end(transfer);
+            }
+        }
         // A thaw that the host had asked for is carried out, though nobody hears the answer.
         let connection = link.connection();
         connection.hang_up();

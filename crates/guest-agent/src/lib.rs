@@ -15,3 +15,9 @@ pub mod run;
 pub mod signals;
 pub mod state;
 mod syslog;
+
+/// The system's words about an error alone, as C programs print them: without its number.
+pub(crate) fn words(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}

@@ -1,5 +1,17 @@
 //! The answers of qemu-ga's commands that are more than a number, typed; fields and names as in its schema.
 
+mod disks;
+mod file;
+mod hotplug;
+mod statistics;
+mod trim;
+
+pub use disks::{DiskInfo, DiskSmart, NvmeSmart};
+pub use file::{FILE_READ_HEAD, FilePiece, FilePosition, FileWritten};
+pub use hotplug::{MemoryBlock, MemoryBlockInfo, MemoryBlockOutcome, MemoryBlockResponse, Vcpu};
+pub use statistics::{CpuStatistics, DiskCounts, DiskStatistics, LinuxCpuStatistics, Load};
+pub use trim::{Trimmed, TrimmedPath};
+
 use serde::{Deserialize, Serialize};
 
 /// Answer of `guest-info`.
@@ -143,6 +155,22 @@ pub struct DiskAddress {
     /// Device node, e.g. `/dev/vda`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dev: Option<String>,
+    /// Its address on a mainframe's channels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ccw_address: Option<CcwAddress>,
+}
+
+/// An address on a mainframe's channels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CcwAddress {
+    /// Channel subsystem image.
+    pub cssid: u64,
+    /// Subchannel set.
+    pub ssid: u64,
+    /// Subchannel.
+    pub subchno: u64,
+    /// Device.
+    pub devno: u64,
 }
 
 /// A PCI address.

@@ -1,5 +1,11 @@
 //! The arguments of the commands that take more than one, typed.
 
+mod file;
+pub(crate) mod hotplug;
+
+pub use file::{FileCall, FileOpen, FileOperation};
+pub use hotplug::{MemoryBlockWish, VcpuWish};
+
 use crate::Error;
 use crate::members::{self, Members};
 use crate::stillpoint::{

@@ -17,20 +17,44 @@ pub enum Call {
     Info,
     /// `guest-shutdown`.
     Shutdown(arguments::Shutdown),
+    /// `guest-file-open`.
+    FileOpen(arguments::FileOpen),
+    /// `guest-file-close`, `-read`, `-write`, `-seek` and `-flush`.
+    File(arguments::FileCall),
     /// `guest-fsfreeze-status`.
     FsfreezeStatus,
     /// `guest-fsfreeze-freeze`, and `-freeze-list` with its mount points.
     FsfreezeFreeze(Option<Vec<String>>),
     /// `guest-fsfreeze-thaw`.
     FsfreezeThaw,
+    /// `guest-fstrim`, of free stretches from so many bytes on.
+    Fstrim(i64),
+    /// `guest-get-vcpus`.
+    GetVcpus,
+    /// `guest-set-vcpus`.
+    SetVcpus(Vec<arguments::VcpuWish>),
+    /// `guest-get-disks`.
+    GetDisks,
     /// `guest-get-fsinfo`.
     GetFsinfo,
+    /// `guest-get-memory-blocks`.
+    GetMemoryBlocks,
+    /// `guest-set-memory-blocks`.
+    SetMemoryBlocks(Vec<arguments::MemoryBlockWish>),
+    /// `guest-get-memory-block-info`.
+    GetMemoryBlockInfo,
     /// `guest-exec-status`, of this process id.
     ExecStatus(i64),
     /// `guest-exec`.
     Exec(Box<arguments::Exec>),
     /// `guest-get-osinfo`.
     GetOsinfo,
+    /// `guest-get-diskstats`.
+    GetDiskstats,
+    /// `guest-get-cpustats`.
+    GetCpustats,
+    /// `guest-get-load`.
+    GetLoad,
     /// `stillpoint-check`.
     StillpointCheck(CheckArguments),
     /// `stillpoint-freeze`.
@@ -114,13 +138,30 @@ pub static COMMANDS: &[Command] = &[
     Command::new("guest-get-time", |_| Ok(Call::GetTime)),
     Command::new("guest-info", |_| Ok(Call::Info)).while_frozen(),
     Command::new("guest-shutdown", |members| arguments::Shutdown::read(members).map(Call::Shutdown)).silent(),
+    Command::new("guest-file-open", |members| arguments::FileOpen::read(members).map(Call::FileOpen)),
+    Command::new("guest-file-close", |members| arguments::FileCall::close(members).map(Call::File)),
+    Command::new("guest-file-read", |members| arguments::FileCall::read(members).map(Call::File)),
+    Command::new("guest-file-write", |members| arguments::FileCall::write(members).map(Call::File)),
+    Command::new("guest-file-seek", |members| arguments::FileCall::seek(members).map(Call::File)),
+    Command::new("guest-file-flush", |members| arguments::FileCall::flush(members).map(Call::File)),
     Command::new("guest-fsfreeze-status", |_| Ok(Call::FsfreezeStatus)).while_frozen(),
     Command::new("guest-fsfreeze-freeze", |_| Ok(Call::FsfreezeFreeze(None))),
     Command::new("guest-fsfreeze-freeze-list", |members| {
         members.optional("mountpoints", members::strings).map(Call::FsfreezeFreeze)
     }),
     Command::new("guest-fsfreeze-thaw", |_| Ok(Call::FsfreezeThaw)).while_frozen().order(Order::Thaw),
+    Command::new("guest-fstrim", |members| {
+        Ok(Call::Fstrim(members.optional("minimum", members::integer)?.unwrap_or(0)))
+    }),
+    Command::new("guest-get-vcpus", |_| Ok(Call::GetVcpus)),
+    Command::new("guest-set-vcpus", |members| arguments::hotplug::vcpus(members).map(Call::SetVcpus)),
+    Command::new("guest-get-disks", |_| Ok(Call::GetDisks)),
     Command::new("guest-get-fsinfo", |_| Ok(Call::GetFsinfo)),
+    Command::new("guest-get-memory-blocks", |_| Ok(Call::GetMemoryBlocks)),
+    Command::new("guest-set-memory-blocks", |members| {
+        arguments::hotplug::memory_blocks(members).map(Call::SetMemoryBlocks)
+    }),
+    Command::new("guest-get-memory-block-info", |_| Ok(Call::GetMemoryBlockInfo)),
     Command::new("guest-exec-status", |members| {
         members.required("pid", members::integer).map(Call::ExecStatus)
     }),
@@ -128,6 +169,9 @@ pub static COMMANDS: &[Command] = &[
         arguments::Exec::read(members).map(|exec| Call::Exec(Box::new(exec)))
     }),
     Command::new("guest-get-osinfo", |_| Ok(Call::GetOsinfo)),
+    Command::new("guest-get-diskstats", |_| Ok(Call::GetDiskstats)),
+    Command::new("guest-get-cpustats", |_| Ok(Call::GetCpustats)),
+    Command::new("guest-get-load", |_| Ok(Call::GetLoad)),
     Command::new("stillpoint-check", |members| arguments::check(members).map(Call::StillpointCheck)),
     Command::new("stillpoint-freeze", |members| arguments::freeze(members).map(Call::StillpointFreeze)),
     Command::new("stillpoint-renew", |members| arguments::renew(members).map(Call::StillpointRenew))

@@ -4,6 +4,9 @@
 //! begins when the one before it is answered, and answers keep the order of requests. A sync drops what is still
 //! owed and is answered at once; a thaw that waited is then carried out all the same, everything else that waited
 //! is not begun. Requests with an id begin at once and may overtake.
+//!
+//! An answer that is too long to be whole in memory comes in pieces. Its line, once begun, is finished before any other;
+//! where nobody wants it any more, it ends after the pieces that are there, as a shorter answer that is whole.
 
 use crate::json::{self, Item, Limits, Reader};
 use crate::members::Members;
@@ -15,6 +18,13 @@ use std::collections::{BTreeMap, VecDeque};
 const OUTPUT_BYTES_MAX: usize = 1 << 20;
 /// Input is left unread while more requests than this wait for their turn or their answer.
 const REQUESTS_MAX: usize = 256;
+/// Input is left unread while the requests that wait for their turn or their answer are longer than this together. One
+/// that is stuck leaves room for another of full length, so that a sync or a thaw behind it is heard.
+const REQUEST_BYTES_MAX: usize = 128 << 20;
+/// The next piece of a long answer is asked for when no more than this is left to be sent.
+const PIECE_WAITS_BYTES: usize = 64 << 10;
+/// Output is gathered in chunks of this size; what is longer is a chunk of its own.
+const CHUNK_BYTES: usize = 64 << 10;
 
 /// A request to be carried out. Its answer comes back through `Connection::answer`.
 #[derive(Debug)]
@@ -25,6 +35,17 @@ pub struct Dispatch {
     pub command: &'static Command,
     /// With which arguments.
     pub members: Members,
+}
+
+/// A piece of an answer that is too long to be whole in memory.
+#[derive(Debug)]
+pub struct Piece {
+    /// The next bytes of the answer's value.
+    pub text: Vec<u8>,
+    /// What makes the value whole if nothing follows.
+    pub tail: String,
+    /// Nothing follows.
+    pub is_last: bool,
 }
 
 /// A host's connection, or the one of a port.
@@ -38,8 +59,25 @@ pub struct Connection {
     /// Requests with an id that have begun.
     begun: BTreeMap<u64, Begun>,
     ready: VecDeque<Dispatch>,
-    output: Vec<u8>,
+    /// What is to be sent, in chunks; of the first, `sent` bytes are.
+    output: VecDeque<Vec<u8>>,
     sent: usize,
+    /// All that is still to be sent.
+    unsent: usize,
+    /// The answer whose line is begun and not ended.
+    line: Option<Line>,
+    /// Answers that follow when the line has ended.
+    behind: Vec<u8>,
+    /// First pieces of other answers, which begin when the line has ended.
+    held: VecDeque<(u64, Piece)>,
+}
+
+#[derive(Debug)]
+struct Line {
+    ticket: u64,
+    /// What ends it, as things stand.
+    tail: String,
+    id: Option<Value>,
 }
 
 #[derive(Debug)]
@@ -53,6 +91,7 @@ enum Turn {
 struct Begun {
     command: &'static Command,
     id: Option<Value>,
+    bytes: usize,
 }
 
 #[derive(Debug)]
@@ -60,6 +99,8 @@ struct Request {
     command: &'static Command,
     arguments: Map<String, Value>,
     id: Option<Value>,
+    /// How long it was.
+    bytes: usize,
 }
 
 impl Connection {
@@ -72,8 +113,12 @@ impl Connection {
             queue: VecDeque::new(),
             begun: BTreeMap::new(),
             ready: VecDeque::new(),
-            output: Vec::new(),
+            output: VecDeque::new(),
             sent: 0,
+            unsent: 0,
+            line: None,
+            behind: Vec::new(),
+            held: VecDeque::new(),
         }
     }
 
@@ -84,7 +129,11 @@ impl Connection {
 
     /// Whether more input may be given; while not, leave it where it is.
     pub fn wants_input(&self) -> bool {
-        self.output().len() <= OUTPUT_BYTES_MAX && self.queue.len() + self.begun.len() <= REQUESTS_MAX
+        let waiting = self.queue.iter().map(Turn::bytes).chain(self.begun.values().map(|begun| begun.bytes));
+        let held: usize = self.held.iter().map(|(_, piece)| piece.text.len()).sum();
+        self.unsent + self.behind.len() + held <= OUTPUT_BYTES_MAX
+            && self.queue.len() + self.begun.len() <= REQUESTS_MAX
+            && waiting.sum::<usize>() <= REQUEST_BYTES_MAX
     }
 
     /// The next request to carry out, taking bytes from `input` only where none is ready: what comes after a request
@@ -96,7 +145,7 @@ impl Connection {
             }
             match self.reader.next(input)? {
                 Item::Error(error) => self.queue.push_back(Turn::Refused(error)),
-                Item::Value(value) => self.request(value),
+                Item::Value(value) => self.request(value, self.reader.value_bytes()),
             }
             self.proceed();
         }
@@ -105,9 +154,9 @@ impl Connection {
     /// The host is gone: what it began to say and what it is owed is dropped, as by a sync.
     pub fn hang_up(&mut self) {
         self.reader.reset();
-        self.output = Vec::new();
-        self.sent = 0;
         self.drop_owed();
+        self.output = VecDeque::new();
+        (self.sent, self.unsent) = (0, 0);
     }
 
     /// Whether any request is still to be answered.
@@ -127,10 +176,8 @@ impl Connection {
         let Some(begun) = begun else { return };
         match answer {
             Ok(value) if begun.command.answers_success => {
-                if begun.command.order == (command::Order::Sync { delimited: true }) {
-                    self.output.push(0xFF);
-                }
-                self.write("return", &value, begun.id.as_ref());
+                let is_delimited = begun.command.order == (command::Order::Sync { delimited: true });
+                self.write(is_delimited, "return", &value, begun.id.as_ref());
             }
             Ok(_) => {}
             Err(error) => self.write_error(&error, begun.id.as_ref()),
@@ -138,31 +185,63 @@ impl Connection {
         self.proceed();
     }
 
-    /// What is to be sent to the host.
+    /// Takes a piece of the answer to a request. False where the answer is no longer wanted; then no more is to come.
+    pub fn piece(&mut self, ticket: u64, piece: Piece) -> bool {
+        if !self.is_wanted(ticket) {
+            return false;
+        }
+        if self.line.as_ref().is_some_and(|line| line.ticket != ticket) {
+            self.held.push_back((ticket, piece));
+        } else {
+            self.lay(ticket, piece);
+        }
+        true
+    }
+
+    /// Whether the answer to a request would be sent.
+    pub fn is_wanted(&self, ticket: u64) -> bool {
+        let is_first = matches!(self.queue.front(), Some(Turn::Begun(first, _)) if *first == ticket);
+        is_first || self.begun.contains_key(&ticket)
+    }
+
+    /// The request whose next piece may come now, if there is one.
+    pub fn wants_piece(&self) -> Option<u64> {
+        self.line.as_ref().filter(|_| self.unsent <= PIECE_WAITS_BYTES).map(|line| line.ticket)
+    }
+
+    /// Ends the answer to a request after the pieces that were given: there are no more to be had.
+    pub fn cut(&mut self, ticket: u64) {
+        if self.line.as_ref().is_some_and(|line| line.ticket == ticket) {
+            self.end_line();
+        }
+    }
+
+    /// What is to be sent to the host next; there may be more behind it.
     pub fn output(&self) -> &[u8] {
-        &self.output[self.sent..]
+        self.output.front().map_or(&[], |chunk| &chunk[self.sent..])
     }
 
     /// So many bytes of `output` were sent.
     pub fn sent(&mut self, bytes: usize) {
         self.sent += bytes;
-        if self.sent == self.output.len() {
-            self.sent = 0;
-            // A large answer's memory is not kept for the small ones that follow.
-            if self.output.capacity() > 1 << 16 {
-                self.output = Vec::new();
-            }
-            self.output.clear();
-        } else if self.sent > OUTPUT_BYTES_MAX {
-            self.output.drain(..self.sent);
-            self.sent = 0;
+        self.unsent -= bytes;
+        let Some(chunk) = self.output.front_mut() else { return };
+        if self.sent < chunk.len() {
+            return;
+        }
+        self.sent = 0;
+        // A small chunk's memory serves the next answer, a large one's is given back.
+        if self.output.len() == 1 && self.output[0].capacity() <= CHUNK_BYTES {
+            self.output[0].clear();
+        } else {
+            self.output.pop_front();
         }
     }
 
-    fn request(&mut self, value: Value) {
+    fn request(&mut self, value: Value, bytes: usize) {
         let (id, request) = understand(value);
         let request = match request {
-            Ok((command, arguments)) => Request { command, arguments, id },
+            Ok((command, arguments)) => Request { command, arguments, id, bytes },
             Err(error) => {
                 if id.is_some() {
                     self.write_error(&error, id.as_ref());
@@ -185,6 +264,9 @@ impl Connection {
     }
 
     fn drop_owed(&mut self) {
+        // No piece finds the request behind the line any more, so the line ends here.
+        self.held.clear();
+        self.finish_line();
         self.begun.clear();
         for turn in std::mem::take(&mut self.queue) {
             if let Turn::Waiting(request) = turn
@@ -220,23 +302,108 @@ impl Connection {
         self.tickets = self.tickets.wrapping_add(1);
         let members = Members::new(request.arguments);
         self.ready.push_back(Dispatch { ticket, command: request.command, members });
-        (ticket, Begun { command: request.command, id: request.id })
+        (ticket, Begun { command: request.command, id: request.id, bytes: request.bytes })
+    }
+
+    /// Adds a piece to its line, which is begun if it was not.
+    fn lay(&mut self, ticket: u64, piece: Piece) {
+        if self.line.is_none() {
+            let id = match self.queue.front() {
+                Some(Turn::Begun(first, begun)) if *first == ticket => begun.id.clone(),
+                _ => self.begun.get(&ticket).and_then(|begun| begun.id.clone()),
+            };
+            self.put(b"{\"return\": ");
+            self.line = Some(Line { ticket, tail: String::new(), id });
+        }
+        self.unsent += piece.text.len();
+        self.output.push_back(piece.text);
+        if let Some(line) = &mut self.line {
+            line.tail = piece.tail;
+        }
+        if piece.is_last {
+            self.end_line();
+        }
+    }
+
+    /// Ends the line and the request behind it, and goes on with what waited for that.
+    fn end_line(&mut self) {
+        let Some(Line { ticket, .. }) = self.line else { return };
+        self.finish_line();
+        match self.queue.front() {
+            Some(Turn::Begun(first, _)) if *first == ticket => drop(self.queue.pop_front()),
+            _ => drop(self.begun.remove(&ticket)),
+        }
+        while self.line.is_none()
+            && let Some((ticket, piece)) = self.held.pop_front()
+        {
+            if self.is_wanted(ticket) {
+                self.lay(ticket, piece);
+            }
+        }
+        self.proceed();
+    }
+
+    fn finish_line(&mut self) {
+        let Some(line) = self.line.take() else { return };
+        self.put(line.tail.as_bytes());
+        self.end(line.id.as_ref());
+        let behind = std::mem::take(&mut self.behind);
+        self.put(&behind);
     }
 
     fn write_error(&mut self, error: &Error, id: Option<&Value>) {
         let members = [("class", format!("{:?}", error.class)), ("desc", error.desc.clone())];
         let value = members.into_iter().map(|(name, text)| (name.to_owned(), Value::String(text))).collect();
-        self.write("error", &Value::Object(value), id);
+        self.write(false, "error", &Value::Object(value), id);
     }
 
-    fn write(&mut self, kind: &str, value: &Value, id: Option<&Value>) {
-        self.output.extend_from_slice(format!("{{\"{kind}\": ").as_bytes());
-        json::encode(value, &mut self.output);
-        if let Some(id) = id {
-            self.output.extend_from_slice(b", \"id\": ");
-            json::encode(id, &mut self.output);
+    fn write(&mut self, is_delimited: bool, kind: &str, value: &Value, id: Option<&Value>) {
+        if is_delimited {
+            self.put(&[0xFF]);
         }
-        self.output.extend_from_slice(b"}\n");
+        self.put(format!("{{\"{kind}\": ").as_bytes());
+        self.encode(value);
+        self.end(id);
+    }
+
+    fn end(&mut self, id: Option<&Value>) {
+        if let Some(id) = id {
+            self.put(b", \"id\": ");
+            self.encode(id);
+        }
+        self.put(b"}\n");
+    }
+
+    fn put(&mut self, bytes: &[u8]) {
+        self.grow(|out| out.extend_from_slice(bytes));
+    }
+
+    fn encode(&mut self, value: &Value) {
+        self.grow(|out| json::encode(value, out));
+    }
+
+    /// Adds to what is sent: now, or behind the line that is begun.
+    fn grow(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        if self.line.is_some() {
+            return write(&mut self.behind);
+        }
+        if self.output.back().is_none_or(|chunk| chunk.len() >= CHUNK_BYTES) {
+            self.output.push_back(Vec::new());
+        }
+        let Some(chunk) = self.output.back_mut() else { return };
+        let before = chunk.len();
+        write(chunk);
+        self.unsent += chunk.len() - before;
+    }
+}
+
+impl Turn {
+    fn bytes(&self) -> usize {
+        match self {
+            Turn::Begun(_, begun) => begun.bytes,
+            Turn::Waiting(request) => request.bytes,
+            Turn::Refused(_) => 0,
+        }
     }
 }
 

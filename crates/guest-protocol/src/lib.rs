@@ -4,6 +4,7 @@
 
 pub mod answers;
 pub mod arguments;
+pub mod base64;
 pub mod client;
 pub mod command;
 pub mod connection;

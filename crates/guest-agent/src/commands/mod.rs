@@ -3,20 +3,30 @@
 //! Nothing here waits. What may touch a disk or take time runs as a job in a thread of its own, what freezes runs
 //! in `run`, and both ring a bell when their answer is ready.
 
+mod disks;
 mod exec;
+mod files;
 mod fsfreeze;
 mod fsinfo;
+mod fstrim;
 mod info;
 mod jobs;
+mod memory_blocks;
 mod osinfo;
+#[cfg(test)]
+mod recorded;
 mod shutdown;
+mod statistics;
 mod time;
+mod vcpus;
+
+pub use files::Transfer;
 
 use crate::note;
 use crate::poll::Poll;
 use crate::run::{self, Runs};
 use crate::state::Handles;
-use guest_protocol::connection::Dispatch;
+use guest_protocol::connection::{Dispatch, Piece};
 use guest_protocol::{Call, Command, Error};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -36,6 +46,15 @@ pub enum Reply {
     Now(Result<Value, Error>),
     /// It will be among `Commands::finished`, under the ticket.
     Later,
+}
+
+/// What has become ready for a host.
+#[derive(Debug)]
+pub enum Delivery {
+    /// An answer.
+    Answer(Result<Value, Error>),
+    /// A piece of one. Where more follow, `Commands::go_on` fetches the next, or `Commands::end` says that none is wanted.
+    Piece(Piece, Option<Transfer>),
 }
 
 /// What the command line decides about commands.
@@ -59,8 +78,9 @@ pub struct Commands {
     runs: Runs,
     jobs: jobs::Jobs,
     exec: exec::Processes,
-    #[expect(dead_code, reason = "guest-file-open takes its numbers here")]
-    handles: Arc<Handles>,
+    files: files::Files,
+    /// What became ready besides, when something else ended.
+    besides: Vec<(u64, Delivery)>,
 }
 
 impl Commands {
@@ -82,7 +102,8 @@ impl Commands {
             runs,
             jobs: jobs::Jobs::new()?,
             exec: exec::Processes::new(poll),
-            handles,
+            files: files::Files::new(handles),
+            besides: Vec::new(),
         })
     }
 
@@ -117,6 +138,28 @@ impl Commands {
             Call::Info => Reply::Now(answer(&info::info(&self.version, |command| self.is_enabled(command)))),
             Call::GetTime => Reply::Now(time::now().map(Value::from)),
             Call::GetOsinfo => self.jobs.start(ticket, || answer(&osinfo::osinfo())),
+            Call::FileOpen(arguments) => self.files.open(&mut self.jobs, ticket, arguments),
+            Call::File(call) => self.files.operate(&mut self.jobs, ticket, call),
+            Call::Fstrim(minimum) => {
+                self.jobs.start(ticket, move || answer(&fstrim::fstrim(Path::new("/"), minimum)?))
+            }
+            Call::GetVcpus => self.jobs.start(ticket, || answer(&vcpus::vcpus(Path::new("/"))?)),
+            Call::SetVcpus(wishes) => {
+                self.jobs.start(ticket, move || vcpus::set(Path::new("/"), &wishes).map(Value::from))
+            }
+            Call::GetDisks => self.jobs.start(ticket, || answer(&disks::disks(Path::new("/"))?)),
+            Call::GetMemoryBlocks => {
+                self.jobs.start(ticket, || answer(&memory_blocks::blocks(Path::new("/"))?))
+            }
+            Call::SetMemoryBlocks(wishes) => {
+                self.jobs.start(ticket, move || answer(&memory_blocks::set(Path::new("/"), &wishes)))
+            }
+            Call::GetMemoryBlockInfo => {
+                self.jobs.start(ticket, || answer(&memory_blocks::info(Path::new("/"))?))
+            }
+            Call::GetDiskstats => self.jobs.start(ticket, || answer(&statistics::disks(Path::new("/"))?)),
+            Call::GetCpustats => self.jobs.start(ticket, || answer(&statistics::cpus(Path::new("/"))?)),
+            Call::GetLoad => Reply::Now(statistics::load(Path::new("/")).and_then(|load| answer(&load))),
             Call::GetFsinfo => self.jobs.start(ticket, || answer(&fsinfo::fsinfo(Path::new("/"))?)),
             Call::Shutdown(mode) => self.jobs.start(ticket, move || shutdown::shutdown(mode)),
             Call::Exec(exec) => {
@@ -162,11 +205,35 @@ impl Commands {
         !self.refused.contains(command.name) && (command.while_frozen || !self.runs.is_frozen())
     }
 
-    /// Answers that have become ready, by ticket.
-    pub fn finished(&mut self) -> Vec<(u64, Result<Value, Error>)> {
-        let runs =
-            self.runs.finished().into_iter().map(|(ticket, outcome)| (ticket, fsfreeze::outcome(outcome)));
-        runs.chain(self.jobs.finished()).collect()
+    /// What has become ready, by ticket.
+    pub fn finished(&mut self) -> Vec<(u64, Delivery)> {
+        let mut finished = std::mem::take(&mut self.besides);
+        for (ticket, outcome) in self.runs.finished() {
+            finished.push((ticket, Delivery::Answer(fsfreeze::outcome(outcome))));
+        }
+        for (ticket, outcome) in self.jobs.finished() {
+            match outcome {
+                jobs::Finished::Answer(answer) => finished.push((ticket, Delivery::Answer(answer))),
+                jobs::Finished::File(done) => {
+                    finished.extend(self.files.done(&mut self.jobs, ticket, done));
+                }
+            }
+        }
+        finished
+    }
+
+    /// Fetches the next piece of an answer, which will be among `finished`. False where it cannot: then the answer ends.
+    pub fn go_on(&mut self, ticket: u64, transfer: Transfer) -> bool {
+        self.files.go_on(&mut self.jobs, ticket, transfer)
+    }
+
+    /// The rest of an answer is not wanted.
+    pub fn end(&mut self, transfer: Transfer) {
+        let besides = self.files.end(&mut self.jobs, transfer);
+        if !besides.is_empty() {
+            self.besides.extend(besides);
+            self.jobs.ring();
+        }
     }
 
     /// Looks after started programs: some child has ended, or `Commands::finished` brought a new one.

@@ -14,6 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub(crate) struct Agent {
     child: Child,
     folder: tempfile::TempDir,
+    command: Command,
 }
 
 impl Agent {
@@ -34,7 +35,8 @@ impl Agent {
 
     fn spawn(arguments: &[&str], environment: &[(&str, &str)]) -> Agent {
         let folder = tempfile::tempdir().expect("a folder");
-        let child = Command::new(env!("CARGO_BIN_EXE_stillpoint-agent"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_stillpoint-agent"));
+        command
             .args(["-m", "unix-listen", "-v", "-p"])
             .arg(folder.path().join("agent.sock"))
             .arg("-t")
@@ -43,10 +45,30 @@ impl Agent {
             .arg(folder.path().join("log"))
             .args(arguments)
             .envs(environment.iter().copied())
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("the agent starts");
-        Agent { child, folder }
+            .stdin(Stdio::null());
+        let child = command.spawn().expect("the agent starts");
+        Agent { child, folder, command }
+    }
+
+    /// Kills it and starts it again, with the same folder.
+    pub(crate) fn restart(&mut self) {
+        self.signal(rustix::process::Signal::KILL);
+        self.ends();
+        self.child = self.command.spawn().expect("the agent starts");
+        until("the agent listens", || UnixStream::connect(self.socket()).is_ok());
+    }
+
+    /// Its state folder, which its log and its socket are in too.
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        self.folder.path()
+    }
+
+    /// A line of its `/proc/PID/status`, in bytes.
+    pub(crate) fn memory(&self, name: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        let kibibytes = line.expect("told").trim().trim_end_matches(" kB").parse::<u64>();
+        kibibytes.expect("a number") << 10
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -138,6 +160,14 @@ impl Client {
         self.lines.read_until(b'\n', &mut line).expect("the agent answers in time");
         assert_eq!(line.pop(), Some(b'\n'), "an answer ends with a newline");
         String::from_utf8_lossy(&line).into_owned()
+    }
+
+    /// Waits until the agent has written something, and reads none of it.
+    pub(crate) fn wait_readable(&mut self) {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let patience = Timespec::try_from(PATIENCE).expect("short");
+        let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
+        assert_eq!(poll(&mut fds, Some(&patience)), Ok(1), "the agent answers in time");
     }
 
     pub(crate) fn ask(&mut self, request: &str) -> String {

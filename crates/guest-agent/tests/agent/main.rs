@@ -5,6 +5,7 @@ mod commands;
 mod configuration;
 mod connections;
 mod daemon;
+mod files;
 mod guest;
 mod process;
 mod serial;

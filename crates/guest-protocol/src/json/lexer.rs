@@ -17,7 +17,7 @@ pub(super) enum Kind {
     Keyword,
     /// A byte that no token can continue with; the text ends with it. Recovery begins after it.
     Stray,
-    /// The token grew past the limit; what follows is read as fresh input.
+    /// The token grew past the limit; the rest of a string is passed over.
     TooLong,
 }
 
@@ -34,6 +34,9 @@ enum State {
     Recovery,
     String(u8),
     Escape(u8),
+    /// In the rest of a string that is too long.
+    Overlong(u8),
+    OverlongEscape(u8),
     Minus,
     Zero,
     Digits,
@@ -50,6 +53,8 @@ enum Step {
     Take(State),
     /// The byte belongs to nothing.
     Skip,
+    /// The byte belongs to what is passed over.
+    Pass(State),
     /// The byte completes the token.
     Last(Kind),
     /// The token ended before this byte.
@@ -95,6 +100,11 @@ impl Lexer {
         &self.text
     }
 
+    /// The latest token, to be kept without a copy.
+    pub(super) fn text_mut(&mut self) -> &mut Vec<u8> {
+        &mut self.text
+    }
+
     /// Where the latest token began.
     pub(super) fn began(&self) -> Position {
         self.began
@@ -115,7 +125,7 @@ impl Lexer {
                 && self.take_plain_run(quote, input)
             {
                 if self.text.len() > self.token_bytes_max {
-                    return Some(self.hand_out(Kind::TooLong, State::Start));
+                    return Some(self.too_long());
                 }
                 continue;
             }
@@ -128,6 +138,10 @@ impl Lexer {
                     self.state = state;
                 }
                 Step::Skip => self.pass(input),
+                Step::Pass(state) => {
+                    self.pass(input);
+                    self.state = state;
+                }
                 Step::Last(kind) => {
                     self.take(input);
                     return Some(self.hand_out(kind, State::Start));
@@ -140,10 +154,19 @@ impl Lexer {
                 }
             }
             if self.text.len() > self.token_bytes_max {
-                return Some(self.hand_out(Kind::TooLong, State::Start));
+                return Some(self.too_long());
             }
         }
         None
+    }
+
+    fn too_long(&mut self) -> Kind {
+        let next = match self.state {
+            State::String(quote) => State::Overlong(quote),
+            State::Escape(quote) => State::OverlongEscape(quote),
+            _ => State::Start,
+        };
+        self.hand_out(Kind::TooLong, next)
     }
 
     fn hand_out(&mut self, kind: Kind, next: State) -> Kind {
@@ -187,6 +210,11 @@ fn step(state: State, byte: u8) -> Step {
         (State::String(quote), _) if byte == quote => Step::Last(Kind::String),
         (State::String(quote), b'\\') => Step::Take(State::Escape(quote)),
         (State::String(quote) | State::Escape(quote), 0x20..=0xFD) => Step::Take(State::String(quote)),
+
+        (State::Overlong(_) | State::OverlongEscape(_), 0..=0x1F | 0xFE | 0xFF) => Step::Resume,
+        (State::Overlong(quote), _) if byte == quote => Step::Pass(State::Start),
+        (State::Overlong(quote), b'\\') => Step::Pass(State::OverlongEscape(quote)),
+        (State::Overlong(quote) | State::OverlongEscape(quote), _) => Step::Pass(State::Overlong(quote)),
 
         (State::Minus, b'0') => Step::Take(State::Zero),
         (State::Minus, b'1'..=b'9') => Step::Take(State::Digits),

@@ -36,10 +36,10 @@ impl Parser {
         Self { stack: Vec::new(), expect: Expect::Value }
     }
 
-    /// Takes a token; gives the value when it is complete.
+    /// Takes a token, a long text out of its memory; gives the value when it is complete.
     /// # Errors
     /// The text of the parse error, as qemu-ga 11.1 words it. The parser must then be thrown away.
-    pub(super) fn push(&mut self, kind: Kind, token: &[u8]) -> Result<Option<Value>, String> {
+    pub(super) fn push(&mut self, kind: Kind, token: &mut Vec<u8>) -> Result<Option<Value>, String> {
         match (self.expect, kind) {
             (Expect::KeyOrEnd, Kind::CloseBrace) | (Expect::ValueOrEnd, Kind::CloseBracket) => {
                 Ok(self.close())
@@ -114,9 +114,11 @@ impl Parser {
     }
 }
 
-fn scalar(kind: Kind, token: &[u8]) -> Result<Value, String> {
-    match (kind, token) {
-        (Kind::String, _) => text::unquote(token).map(Value::String),
+fn scalar(kind: Kind, token: &mut Vec<u8>) -> Result<Value, String> {
+    if kind == Kind::String {
+        return text::unquote(token).map(Value::String);
+    }
+    match (kind, &**token) {
         (Kind::Integer, _) => Ok(text::integer(token)),
         (Kind::Float, _) => Ok(text::float(token)),
         (Kind::Keyword, b"true") => Ok(Value::Bool(true)),

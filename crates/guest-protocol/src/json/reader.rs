@@ -6,7 +6,7 @@ use super::text;
 use crate::Error;
 use serde_json::Value;
 
-/// What one message may cost. The defaults are qemu-ga's.
+/// What one message may cost. The defaults are qemu-ga's, with room for the largest file write that it describes.
 #[derive(Clone, Debug)]
 pub struct Limits {
     /// Longest token, and longest sum of tokens, in bytes.
@@ -21,7 +21,12 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { token_bytes_max: 64 << 20, tokens_max: 2 << 20, depth_max: 1024, error_position: true }
+        Self {
+            token_bytes_max: (64 << 20) + (64 << 10),
+            tokens_max: 2 << 20,
+            depth_max: 1024,
+            error_position: true,
+        }
     }
 }
 
@@ -42,6 +47,8 @@ pub struct Reader {
     message: Message,
     /// The latest error was a limit's: the 0xFF with which a host then starts afresh is not answered.
     after_limit: bool,
+    /// Bytes of the tokens of the latest value.
+    value_bytes: usize,
 }
 
 /// The message being read.
@@ -50,6 +57,8 @@ struct Message {
     parser: Parser,
     /// The grammar was broken and answered; the rest of the message is passed over.
     failed: bool,
+    /// A limit was broken and answered; the rest of the message is passed over and counts no more.
+    over_limit: bool,
     braces: i64,
     brackets: i64,
     bytes: usize,
@@ -58,7 +67,15 @@ struct Message {
 
 impl Message {
     fn new() -> Self {
-        Self { parser: Parser::new(), failed: false, braces: 0, brackets: 0, bytes: 0, tokens: 0 }
+        Self {
+            parser: Parser::new(),
+            failed: false,
+            over_limit: false,
+            braces: 0,
+            brackets: 0,
+            bytes: 0,
+            tokens: 0,
+        }
     }
 
     /// Closing more than was opened ends a message too, as a broken one.
@@ -71,7 +88,7 @@ impl Reader {
     /// A reader at the start of a stream.
     pub fn new(limits: Limits) -> Self {
         let lexer = Lexer::new(limits.token_bytes_max);
-        Self { limits, lexer, message: Message::new(), after_limit: false }
+        Self { limits, lexer, message: Message::new(), after_limit: false, value_bytes: 0 }
     }
 
     /// Drops an unfinished message, as when its sender is gone.
@@ -79,6 +96,11 @@ impl Reader {
         self.lexer.reset();
         self.message = Message::new();
         self.after_limit = false;
+    }
+
+    /// How long the latest value was, blanks aside.
+    pub fn value_bytes(&self) -> usize {
+        self.value_bytes
     }
 
     /// Takes bytes from `input` up to the end of the next item; `None` when they are used up before.
@@ -100,29 +122,25 @@ impl Reader {
             let stray = format!("stray '{}'", text::shown(self.lexer.text()));
             return (!silent).then(|| Item::Error(self.parse_error(began, &stray)));
         }
-        self.after_limit = false;
         self.count(kind);
-        let limit = if kind == Kind::TooLong || self.message.bytes + bytes + 1 > self.limits.token_bytes_max {
-            Some("JSON token size limit exceeded")
-        } else if self.message.tokens + 1 > self.limits.tokens_max {
-            Some("JSON token count limit exceeded")
-        } else if self.message.braces + self.message.brackets
-            > i64::try_from(self.limits.depth_max).unwrap_or(i64::MAX)
-        {
-            Some("JSON nesting depth limit exceeded")
-        } else {
-            None
-        };
-        if let Some(limit) = limit {
-            self.message = Message::new();
+        if self.message.over_limit {
+            self.end_message();
+            return None;
+        }
+        self.after_limit = false;
+        if let Some(limit) = self.broken_limit(kind, bytes) {
+            // What was read of it is of no use, and what follows needs no memory.
+            self.message.parser = Parser::new();
+            self.message.over_limit = true;
             self.after_limit = true;
+            self.end_message();
             return Some(Item::Error(Error::generic(limit)));
         }
         self.message.bytes += bytes;
         self.message.tokens += 1;
         let mut item = None;
         if !self.message.failed {
-            match self.message.parser.push(kind, self.lexer.text()) {
+            match self.message.parser.push(kind, self.lexer.text_mut()) {
                 Ok(value) => item = value.map(Item::Value),
                 Err(text) => {
                     self.message.failed = true;
@@ -130,10 +148,28 @@ impl Reader {
                 }
             }
         }
+        self.end_message();
+        item
+    }
+
+    fn end_message(&mut self) {
         if !self.message.is_open() {
+            self.value_bytes = self.message.bytes;
             self.message = Message::new();
         }
-        item
+    }
+
+    fn broken_limit(&self, kind: Kind, bytes: usize) -> Option<&'static str> {
+        let depth = self.message.braces + self.message.brackets;
+        if kind == Kind::TooLong || self.message.bytes + bytes + 1 > self.limits.token_bytes_max {
+            Some("JSON token size limit exceeded")
+        } else if self.message.tokens + 1 > self.limits.tokens_max {
+            Some("JSON token count limit exceeded")
+        } else if depth > i64::try_from(self.limits.depth_max).unwrap_or(i64::MAX) {
+            Some("JSON nesting depth limit exceeded")
+        } else {
+            None
+        }
     }
 
     fn count(&mut self, kind: Kind) {

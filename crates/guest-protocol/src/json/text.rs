@@ -5,11 +5,22 @@ use serde_json::{Number, Value};
 /// Most of a bad token that an error repeats, in bytes.
 const QUOTED_BYTES_MAX: usize = 256;
 
-/// The string that a quoted token stands for.
+/// Longer tokens are not copied where they can be taken as they are.
+const COPIED_BYTES_MAX: usize = 64 << 10;
+
+/// The string that a quoted token stands for; a long one may be taken out of `token`.
 /// # Errors
 /// The text of the parse error.
-pub(super) fn unquote(token: &[u8]) -> Result<String, String> {
-    let mut rest = &token[1..token.len() - 1];
+pub(super) fn unquote(token: &mut Vec<u8>) -> Result<String, String> {
+    let inside = 1..token.len() - 1;
+    let is_plain = |byte: &u8| byte.is_ascii() && *byte != b'\\';
+    if token.len() > COPIED_BYTES_MAX && token[inside.clone()].iter().all(is_plain) {
+        let mut bytes = std::mem::take(token);
+        bytes.truncate(inside.end);
+        bytes.remove(0);
+        return String::from_utf8(bytes).map_err(|_| "invalid UTF-8 sequence in string".to_owned());
+    }
+    let mut rest = &token[inside];
     let mut text = String::with_capacity(rest.len());
     while !rest.is_empty() {
         let plain = rest.iter().position(|byte| matches!(byte, b'\\' | 0x80..)).unwrap_or(rest.len());

@@ -113,19 +113,23 @@ fn the_byte_ff_drops_what_was_begun_and_is_answered_once() {
 }
 
 #[test]
-fn limits_are_answered_and_what_follows_is_fresh() {
+fn d26_a_broken_limit_is_answered_once_and_the_rest_of_the_message_is_passed_over() {
     let small = || Limits { token_bytes_max: 8, tokens_max: 6, depth_max: 2, error_position: false };
     let read = |input: &[u8]| shown(&read(small(), &[input]));
-    assert_eq!(read(b"\"123456789\" {}"), ["!JSON token size limit exceeded", "9"]);
-    assert_eq!(read(b"[12345,678]"), ["!JSON token size limit exceeded", "!expecting value"]);
-    assert_eq!(read(b"[1,2,3,"), ["!JSON token count limit exceeded"]);
-    assert_eq!(read(b"[[[ {}"), ["!JSON nesting depth limit exceeded", "{}"]);
+    assert_eq!(read(b"\"123456789\" {}"), ["!JSON token size limit exceeded", "{}"]);
+    assert_eq!(read(b"\"1234567\\\"89\\\\\" {}"), ["!JSON token size limit exceeded", "{}"]);
+    assert_eq!(read(b"{\"a\":'123456789', \"b\": [1, \"}\"]} {}"), ["!JSON token size limit exceeded", "{}"]);
+    assert_eq!(read(b"[12345,678] {}"), ["!JSON token size limit exceeded", "{}"]);
+    assert_eq!(read(b"[1,2,3,4,5,6,7] {}"), ["!JSON token count limit exceeded", "{}"]);
+    assert_eq!(read(b"[[[{}], 1]] {}"), ["!JSON nesting depth limit exceeded", "{}"]);
     assert_eq!(
         read(b"[[[\xFF{}"),
         ["!JSON nesting depth limit exceeded", "{}"],
         "0xFF after a limit is silent"
     );
-    assert_eq!(read(b"[[[ {}\xFF"), ["!JSON nesting depth limit exceeded", "{}", "!stray '\u{FFFD}'"]);
+    assert_eq!(read(b"\"123456789\xFF{}"), ["!JSON token size limit exceeded", "{}"]);
+    assert_eq!(read(b"\"123456789\n{}"), ["!JSON token size limit exceeded", "{}"]);
+    assert_eq!(read(b"[[[]]] {}\xFF"), ["!JSON nesting depth limit exceeded", "{}", "!stray '\u{FFFD}'"]);
 }
 
 #[test]
