@@ -89,9 +89,11 @@ fn converse(stream: &[u8], cuts: &[u8], refusals: u64) -> Vec<u8> {
         }
         assert!(piece.is_empty(), "bytes are left although nothing is to be done");
         assert!(!connection.owes_answers(), "everything was answered");
-        let sent = connection.output().len();
-        answers.extend_from_slice(connection.output());
-        connection.sent(sent);
+        while !connection.output().is_empty() {
+            let sent = connection.output().len();
+            answers.extend_from_slice(connection.output());
+            connection.sent(sent);
+        }
     }
     answers
 }

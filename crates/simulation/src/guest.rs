@@ -227,9 +227,14 @@ impl Guest {
     }
 
     fn says(&mut self) -> Vec<u8> {
-        let bytes = self.connection.output().to_vec();
-        self.connection.sent(bytes.len());
-        bytes
+        let mut said = Vec::new();
+        while !self.connection.output().is_empty() {
+            let bytes = self.connection.output();
+            said.extend_from_slice(bytes);
+            let sent = bytes.len();
+            self.connection.sent(sent);
+        }
+        said
     }
 
     fn answer(&mut self, ticket: u64, answer: Result<Value, Error>) {
