@@ -87,27 +87,40 @@ impl Drop for Folder {
     }
 }
 
+/// How the disks of a VM will be opened.
+#[derive(Debug)]
+pub struct Chains(Vec<(String, OpenImage)>);
+
+impl Chains {
+    /// Decides it, each disk under the node name that it carries.
+    ///
+    /// # Errors
+    /// `Unreadable`.
+    pub fn of(disks: &[Disk]) -> Result<Self, AtRestError> {
+        disks.iter().map(|disk| Ok((disk.name.clone(), chain(disk)?))).collect::<Result<_, _>>().map(Self)
+    }
+}
+
 impl Images {
-    /// Opens the disks, each under the node name that it carries. What a daemon that died left in the folder is removed.
+    /// Opens the disks. What a daemon that died left in the folder is removed.
     ///
     /// # Errors
     /// See [`AtRestError`].
-    pub fn open(folder: &Path, disks: &[Disk]) -> Result<Self, AtRestError> {
+    pub fn open(folder: &Path, chains: &Chains) -> Result<Self, AtRestError> {
         let at = |source| AtRestError::Folder { path: folder.to_owned(), source };
         let monitor = folder.join("qmp");
         if monitor.to_str().is_none_or(|path| path.len() > SOCKET_PATH_BYTES_MAX) {
             return Err(at(io::Error::other("the path is too long for a socket in it")));
         }
-        let chains = disks.iter().map(chain).collect::<Result<Vec<_>, _>>()?;
         match fs::remove_dir_all(folder) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(error)),
             _ => {}
         }
         DirBuilder::new().mode(0o700).create(folder).map_err(at)?;
         let mut images = Self::start(Folder(folder.to_owned()), &monitor)?;
-        for (disk, chain) in disks.iter().zip(chains) {
-            let failed = |source| AtRestError::Open { disk: disk.name.clone(), source };
-            images.monitor.run(&chain).map_err(failed)?;
+        for (disk, chain) in &chains.0 {
+            let failed = |source| AtRestError::Open { disk: disk.clone(), source };
+            images.monitor.run(chain).map_err(failed)?;
         }
         Ok(images)
     }

@@ -17,7 +17,7 @@ use snapshot::run::Action;
 use snapshot::{Reason, Request, Verdict};
 use std::path::Path;
 use std::time::{Duration, Instant};
-use vm::at_rest::Images;
+use vm::at_rest::{Chains, Images};
 use vm::disks::Disk;
 use vm::untouched::{Touched, Untouched};
 
@@ -38,12 +38,13 @@ pub(super) fn take(
     for (number, disk) in disks.iter_mut().enumerate() {
         disk.node = format!("disk{number}");
     }
+    let chains = Chains::of(&disks)?;
     // Before anything is read.
     let untouched = look(&disks)?;
     let mut images = if disks.is_empty() {
         None
     } else {
-        Some(Images::open(&register.scratch().join(format!("at-rest-{}", request.vm)), &disks)?)
+        Some(Images::open(&register.scratch().join(format!("at-rest-{}", request.vm)), &chains)?)
     };
     let nodes = images.as_mut().map_or(Ok(Vec::new()), Images::nodes)?;
     // An image may have been resized since.
