@@ -220,7 +220,8 @@ fn step(state: State, byte: u8) -> Step {
         (State::Minus, b'1'..=b'9') => Step::Take(State::Digits),
         (State::Digits, b'0'..=b'9') => Step::Take(State::Digits),
         (State::Zero | State::Digits, b'.') => Step::Take(State::Point),
-        (State::Zero | State::Digits | State::Fraction, b'e' | b'E') => Step::Take(State::E),
+        // After a lone zero QEMU wants a point: of `0e1` it makes a number and a keyword.
+        (State::Digits | State::Fraction, b'e' | b'E') => Step::Take(State::E),
         (State::Zero, b'0'..=b'9') => Step::Stray,
         (State::Zero | State::Digits, _) => Step::Before(Kind::Integer),
         (State::Point | State::Fraction, b'0'..=b'9') => Step::Take(State::Fraction),

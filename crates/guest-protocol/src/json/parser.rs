@@ -41,9 +41,7 @@ impl Parser {
     /// The text of the parse error, as qemu-ga 11.1 words it. The parser must then be thrown away.
     pub(super) fn push(&mut self, kind: Kind, token: &mut Vec<u8>) -> Result<Option<Value>, String> {
         match (self.expect, kind) {
-            (Expect::KeyOrEnd, Kind::CloseBrace) | (Expect::ValueOrEnd, Kind::CloseBracket) => {
-                Ok(self.close())
-            }
+            (Expect::KeyOrEnd, Kind::CloseBrace) | (Expect::ValueOrEnd, Kind::CloseBracket) => self.close(),
             (Expect::KeyOrEnd | Expect::Key, Kind::String) => self.key(text::unquote(token)?),
             (Expect::KeyOrEnd | Expect::Key, _) => Err("expecting key".to_owned()),
             (Expect::Colon, Kind::Colon) => self.go_on(Expect::Value),
@@ -57,7 +55,7 @@ impl Parser {
                 self.stack.push(Open::Array(Vec::new()));
                 self.go_on(Expect::ValueOrEnd)
             }
-            (Expect::Value | Expect::ValueOrEnd, _) => scalar(kind, token).map(|value| self.add(value)),
+            (Expect::Value | Expect::ValueOrEnd, _) => scalar(kind, token).and_then(|value| self.add(value)),
         }
     }
 
@@ -69,7 +67,6 @@ impl Parser {
 
     fn key(&mut self, name: String) -> Result<Option<Value>, String> {
         match self.stack.last_mut() {
-            Some(Open::Object(members, _)) if members.contains_key(&name) => Err("duplicate key".to_owned()),
             Some(Open::Object(_, key)) => {
                 *key = name;
                 self.go_on(Expect::Colon)
@@ -83,13 +80,13 @@ impl Parser {
         match (in_object, kind) {
             (true, Kind::Comma) => self.go_on(Expect::Key),
             (false, Kind::Comma) => self.go_on(Expect::Value),
-            (true, Kind::CloseBrace) | (false, Kind::CloseBracket) => Ok(self.close()),
+            (true, Kind::CloseBrace) | (false, Kind::CloseBracket) => self.close(),
             (true, _) => Err("expected ',' or '}'".to_owned()),
             (false, _) => Err("expected ',' or ']'".to_owned()),
         }
     }
 
-    fn close(&mut self) -> Option<Value> {
+    fn close(&mut self) -> Result<Option<Value>, String> {
         let value = match self.stack.pop() {
             Some(Open::Object(members, _)) => Value::Object(members),
             Some(Open::Array(elements)) => Value::Array(elements),
@@ -98,11 +95,15 @@ impl Parser {
         self.add(value)
     }
 
-    fn add(&mut self, value: Value) -> Option<Value> {
+    fn add(&mut self, value: Value) -> Result<Option<Value>, String> {
         match self.stack.last_mut() {
             None => {
                 self.expect = Expect::Value;
-                return Some(value);
+                return Ok(Some(value));
+            }
+            // Seen when the value is there, as in QEMU: the error's position tells.
+            Some(Open::Object(members, key)) if members.contains_key(key) => {
+                return Err("duplicate key".to_owned());
             }
             Some(Open::Object(members, key)) => {
                 members.insert(std::mem::take(key), value);
@@ -110,7 +111,7 @@ impl Parser {
             Some(Open::Array(elements)) => elements.push(value),
         }
         self.expect = Expect::CommaOrEnd;
-        None
+        Ok(None)
     }
 }
 

@@ -55,10 +55,8 @@ pub struct Reader {
 #[derive(Debug)]
 struct Message {
     parser: Parser,
-    /// The grammar was broken and answered; the rest of the message is passed over.
+    /// The grammar was broken, or a limit passed, and that was answered; the rest of the message is passed over.
     failed: bool,
-    /// A limit was broken and answered; the rest of the message is passed over and counts no more.
-    over_limit: bool,
     braces: i64,
     brackets: i64,
     bytes: usize,
@@ -67,15 +65,13 @@ struct Message {
 
 impl Message {
     fn new() -> Self {
-        Self {
-            parser: Parser::new(),
-            failed: false,
-            over_limit: false,
-            braces: 0,
-            brackets: 0,
-            bytes: 0,
-            tokens: 0,
-        }
+        Self { parser: Parser::new(), failed: false, braces: 0, brackets: 0, bytes: 0, tokens: 0 }
+    }
+
+    /// What was read of it is of no more use.
+    fn fail(&mut self) {
+        self.failed = true;
+        self.parser = Parser::new();
     }
 
     /// Closing more than was opened ends a message too, as a broken one.
@@ -117,39 +113,40 @@ impl Reader {
         let began = self.lexer.began();
         let bytes = self.lexer.text().len();
         if kind == Kind::Stray {
-            let silent = std::mem::take(&mut self.after_limit) && self.lexer.text() == [0xFF];
-            self.message = Message::new();
+            // A message that was answered already ends here, and nothing more is said about it. One that was nothing
+            // but a token beyond the limit has ended before.
+            let after_limit = std::mem::take(&mut self.after_limit) && self.lexer.text() == [0xFF];
+            let was_answered = std::mem::replace(&mut self.message, Message::new()).failed || after_limit;
             let stray = format!("stray '{}'", text::shown(self.lexer.text()));
-            return (!silent).then(|| Item::Error(self.parse_error(began, &stray)));
+            return (!was_answered).then(|| Item::Error(self.parse_error(began, &stray)));
         }
         self.count(kind);
-        if self.message.over_limit {
+        if self.message.failed {
             self.end_message();
             return None;
         }
         self.after_limit = false;
+        let item = self.take(kind, began, bytes);
+        self.end_message();
+        item
+    }
+
+    /// Takes a token of a message that is sound so far.
+    fn take(&mut self, kind: Kind, began: Position, bytes: usize) -> Option<Item> {
         if let Some(limit) = self.broken_limit(kind, bytes) {
-            // What was read of it is of no use, and what follows needs no memory.
-            self.message.parser = Parser::new();
-            self.message.over_limit = true;
+            self.message.fail();
             self.after_limit = true;
-            self.end_message();
             return Some(Item::Error(Error::generic(limit)));
         }
         self.message.bytes += bytes;
         self.message.tokens += 1;
-        let mut item = None;
-        if !self.message.failed {
-            match self.message.parser.push(kind, self.lexer.text_mut()) {
-                Ok(value) => item = value.map(Item::Value),
-                Err(text) => {
-                    self.message.failed = true;
-                    item = Some(Item::Error(self.parse_error(began, &text)));
-                }
+        match self.message.parser.push(kind, self.lexer.text_mut()) {
+            Ok(value) => value.map(Item::Value),
+            Err(text) => {
+                self.message.fail();
+                Some(Item::Error(self.parse_error(began, &text)))
             }
         }
-        self.end_message();
-        item
     }
 
     fn end_message(&mut self) {

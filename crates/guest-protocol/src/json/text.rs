@@ -20,7 +20,7 @@ pub(super) fn unquote(token: &mut Vec<u8>) -> Result<String, String> {
         bytes.remove(0);
         return String::from_utf8(bytes).map_err(|_| "invalid UTF-8 sequence in string".to_owned());
     }
-    let mut rest = &token[inside];
+    let (mut rest, quote) = (&token[inside], token[0]);
     let mut text = String::with_capacity(rest.len());
     while !rest.is_empty() {
         let plain = rest.iter().position(|byte| matches!(byte, b'\\' | 0x80..)).unwrap_or(rest.len());
@@ -31,14 +31,14 @@ pub(super) fn unquote(token: &mut Vec<u8>) -> Result<String, String> {
         rest = &rest[plain..];
         match rest.first() {
             None => {}
-            Some(b'\\') => text.push(escape(&mut rest)?),
+            Some(b'\\') => text.push(escape(&mut rest, quote)?),
             Some(_) => text.push(multibyte(&mut rest)?),
         }
     }
     Ok(text)
 }
 
-fn escape(rest: &mut &[u8]) -> Result<char, String> {
+fn escape(rest: &mut &[u8], quote: u8) -> Result<char, String> {
     let simple = match rest.get(1) {
         Some(b'"') => '"',
         Some(b'\'') => '\'',
@@ -49,16 +49,20 @@ fn escape(rest: &mut &[u8]) -> Result<char, String> {
         Some(b'n') => '\n',
         Some(b'r') => '\r',
         Some(b't') => '\t',
-        Some(b'u') => return unicode_escape(rest),
+        Some(b'u') => return unicode_escape(rest, quote),
         _ => return Err("invalid escape sequence in string".to_owned()),
     };
     *rest = &rest[2..];
     Ok(simple)
 }
 
-fn unicode_escape(rest: &mut &[u8]) -> Result<char, String> {
+fn unicode_escape(rest: &mut &[u8], quote: u8) -> Result<char, String> {
     let begin = *rest;
-    let first = hex4(rest.get(2..6)).ok_or("invalid hex escape sequence in string")?;
+    let Some(first) = hex4(rest.get(2..6)) else {
+        // Six bytes, wherever the string ends, its quote included.
+        let seen: Vec<u8> = begin.iter().chain([&quote]).copied().take(6).collect();
+        return Err(format!("{} is not a valid Unicode character", shown(&seen)));
+    };
     *rest = &rest[6..];
     let mut code = first;
     if (0xD800..0xDC00).contains(&first)

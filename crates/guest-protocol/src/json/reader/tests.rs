@@ -72,7 +72,9 @@ fn numbers_beyond_64_bits_become_doubles() {
 fn errors_have_the_words_of_qemu_ga() {
     check(b"{\"a\":1,\"a\":2}", &["!duplicate key"]);
     check(b"\"\\q\"", &["!invalid escape sequence in string"]);
-    check(b"\"\\uZZZZ\"", &["!invalid hex escape sequence in string"]);
+    check(b"\"\\uZZZZ\"", &["!\\uZZZZ is not a valid Unicode character"]);
+    check(b"\"\\u12\"", &["!\\u12\" is not a valid Unicode character"]);
+    check(b"'\\u'", &["!\\u' is not a valid Unicode character"]);
     check(b"\"\\ud83d\"", &["!\\ud83d is not a valid Unicode character"]);
     check(b"\"\xC3(\"", &["!invalid UTF-8 sequence in string"]);
     check(b"nope ", &["!invalid keyword 'nope'"]);
@@ -92,9 +94,18 @@ fn a_broken_message_is_answered_once_and_the_next_is_read() {
 }
 
 #[test]
+fn a_stray_byte_in_a_message_that_was_answered_ends_it_without_a_word() {
+    check(b"{1 \xFF{}", &["!expecting key", "{}"]);
+    check(b"{1 & & {}", &["!expecting key", "{}"]);
+    check(b"{1 \xFF\xFF{}", &["!expecting key", "!stray '\u{FFFD}'", "{}"]);
+    check(b"[[1 2] & ]", &["!expected ',' or ']'", "!expecting value"]);
+}
+
+#[test]
 fn a_stray_byte_skips_to_the_next_structure_or_control_byte() {
     check(b"{\"a\": \\ junk 1 x\n{}", &["!stray '\\'", "{}"]);
     check(b"01 2 3\n{}", &["!stray '01'", "{}"]);
+    check(b"0e1 {}", &["0", "!invalid keyword 'e'", "1", "{}"]);
     check(b"&abc{}", &["!stray '&'", "{}"]);
     check(b"&\tabc\n5\n", &["!stray '&'", "5"]);
 }
@@ -125,11 +136,12 @@ fn d26_a_broken_limit_is_answered_once_and_the_rest_of_the_message_is_passed_ove
     assert_eq!(
         read(b"[[[\xFF{}"),
         ["!JSON nesting depth limit exceeded", "{}"],
-        "0xFF after a limit is silent"
+        "0xFF ends it without a word"
     );
     assert_eq!(read(b"\"123456789\xFF{}"), ["!JSON token size limit exceeded", "{}"]);
     assert_eq!(read(b"\"123456789\n{}"), ["!JSON token size limit exceeded", "{}"]);
     assert_eq!(read(b"[[[]]] {}\xFF"), ["!JSON nesting depth limit exceeded", "{}", "!stray '\u{FFFD}'"]);
+    assert_eq!(read(b"[[[ {\"1\n{}"), ["!JSON nesting depth limit exceeded", "{}"], "so does any stray byte");
 }
 
 #[test]
