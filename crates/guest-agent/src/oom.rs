@@ -15,9 +15,15 @@ pub fn be_spared() -> bool {
 
 /// Gives the privilege up, in a forked child before it becomes another program: one that takes all memory must be the one
 /// that is killed. Async-signal-safe.
-pub fn be_like_others() {
+pub fn be_taken_like_others() {
     // Raising needs no right; where there is no `/proc`, there was no privilege.
     let _raised = say(c"0");
+}
+
+/// The same for a program that is none of ours; and signals, which the agent diverts, reach it. Async-signal-safe.
+pub fn be_like_others() {
+    be_taken_like_others();
+    crate::signals::let_all_through();
 }
 
 fn say(score: &CStr) -> bool {

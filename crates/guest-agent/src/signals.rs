@@ -21,7 +21,7 @@ pub struct Asked {
 
 impl Signals {
     /// Diverts the signals of the calling thread and of all that it starts later. Call it before any is started.
-    /// Programs started by `std::process::Command` get an empty mask again.
+    /// So do the programs that they start, which must call `let_all_through` before.
     /// # Errors
     /// When the kernel has no room.
     pub fn new() -> io::Result<Signals> {
@@ -67,6 +67,17 @@ impl Signals {
                 asked.end = true;
             }
         }
+    }
+}
+
+/// Undoes the diversion, in a forked child before it becomes another program: one that SIGTERM never reaches could only be
+/// killed. Async-signal-safe.
+pub fn let_all_through() {
+    let mut none = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `sigemptyset` initialises the set before it is read; the old mask is not asked for.
+    unsafe {
+        libc::sigemptyset(none.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut());
     }
 }
 

@@ -131,6 +131,26 @@ fn exec_runs_a_program_and_tells_its_end_once() {
 }
 
 #[test]
+fn signals_reach_what_exec_starts() {
+    let agent = Agent::start();
+    let mut client = agent.client();
+    for signal in [1, 2, 15, 17] {
+        // SIGCHLD kills nobody: whether it is let through shows in the shell's own mask.
+        let script = if signal == 17 {
+            "grep -q '^SigBlk:.0*$' /proc/self/status && kill -9 $$".to_owned()
+        } else {
+            format!("kill -{signal} $$; sleep 1")
+        };
+        let status = run(&mut client, shell(&script, json!(false)));
+        assert_eq!(
+            status,
+            json!({"exited": true, "signal": if signal == 17 { 9 } else { signal }}),
+            "{script}"
+        );
+    }
+}
+
+#[test]
 fn exec_captures_each_stream_as_asked() {
     let agent = Agent::start();
     let mut client = agent.client();

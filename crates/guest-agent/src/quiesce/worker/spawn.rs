@@ -170,7 +170,7 @@ impl Read for Bounded<'_> {
 /// In the forked child: takes the application's rights and nothing more.
 fn become_user(uid: u32, gid: u32, socket: i32) -> io::Result<()> {
     // The agent is spared by the kernel's out-of-memory killer; a worker has no such privilege.
-    crate::oom::be_like_others();
+    crate::oom::be_taken_like_others();
     let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     // SAFETY: plain system calls on values; each is async-signal-safe.
     unsafe {
