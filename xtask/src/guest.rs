@@ -40,6 +40,11 @@ pub(crate) fn parts() -> Result<Parts, String> {
     Ok(Parts { image, agent: programs.join("stillpoint-agent"), load: programs.join("load") })
 }
 
+/// Our agent as it is delivered.
+pub(crate) fn agent() -> Result<PathBuf, String> {
+    Ok(programs()?.join("stillpoint-agent"))
+}
+
 /// Builds our agent and the load, static, and returns their folder.
 fn programs() -> Result<PathBuf, String> {
     let build = [

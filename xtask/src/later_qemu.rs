@@ -2,6 +2,7 @@
 
 use crate::guest::cache;
 use crate::stage::program;
+use crate::unpack;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -23,7 +24,8 @@ pub(crate) fn programs() -> Result<PathBuf, String> {
         if unfinished.exists() {
             fs::remove_dir_all(&unfinished).map_err(|error| format!("{}: {error}", unfinished.display()))?;
         }
-        fetch(&unfinished)?;
+        let wanted: Vec<String> = PACKAGES.iter().map(|name| format!("{name}/{SUITE}")).collect();
+        unpack::fetch(&unfinished, &[SUITE], &wanted)?;
         fs::rename(unfinished.join("root"), &folder)
             .and_then(|()| fs::remove_dir_all(&unfinished))
             .map_err(|error| format!("{}: {error}", folder.display()))?;
@@ -52,31 +54,4 @@ fn is_root() -> Result<bool, String> {
 /// `PATH` with this folder first.
 pub(crate) fn path_with(programs: &Path) -> String {
     format!("{}:{}", programs.display(), std::env::var("PATH").unwrap_or_default())
-}
-
-/// Downloads and unpacks into `folder/root`, by lists of its own: the machine's apt is not told of the suite.
-fn fetch(folder: &Path) -> Result<(), String> {
-    let at = |name: &str| folder.join(name).display().to_string();
-    for name in ["lists/partial", "archives/partial", "root"] {
-        fs::create_dir_all(folder.join(name)).map_err(|error| format!("{}: {error}", at(name)))?;
-    }
-    let source = format!(
-        "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian {SUITE} main\n"
-    );
-    fs::write(folder.join("sources.list"), source).map_err(|error| error.to_string())?;
-    let options = [
-        format!("Dir::Etc::SourceList={}", at("sources.list")),
-        "Dir::Etc::SourceParts=/dev/null".to_owned(),
-        format!("Dir::State::Lists={}", at("lists")),
-        format!("Dir::Cache={}", folder.display()),
-        // Its own user could not write into a private folder.
-        "APT::Sandbox::User=root".to_owned(),
-    ];
-    let options: Vec<&str> = options.iter().flat_map(|option| ["-o", option.as_str()]).collect();
-    program("apt-get", &[&options[..], &["update", "--quiet=2"]].concat()).run()?;
-    let wanted: Vec<String> = PACKAGES.iter().map(|name| format!("{name}/{SUITE}")).collect();
-    let wanted: Vec<&str> = wanted.iter().map(String::as_str).collect();
-    program("apt-get", &[&options[..], &["download", "--quiet=2"], &wanted].concat()).within(folder).run()?;
-    let unpack = "for package in *.deb; do dpkg-deb --extract \"$package\" root || exit; done";
-    program("sh", &["-c", unpack]).within(folder).run()
 }

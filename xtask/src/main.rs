@@ -8,8 +8,10 @@ mod later_qemu;
 mod python;
 mod setup;
 mod stage;
+mod stock_agents;
 mod targets;
 mod tidy;
+mod unpack;
 
 use stage::{Stages, cargo, program};
 use std::path::PathBuf;
@@ -25,10 +27,11 @@ cargo xtask COMMAND
   test-long      test, and what takes longer than a change should wait for
   demo           a working guest, its snapshots, and the proof [--sabotage no-freeze|drop-frame]
   fuzz           made-up input for everything that reads bytes from outside [TARGET…] [--seconds 600]
-  bench          figures: increment, full (without a name both), stall [SNAPSHOTS]
+  bench          figures: increment, full (without a name both), stall [SNAPSHOTS], agent [MIB]
   guest          builds image, agent and load if needed; prints where they are
   guest-image    builds the guest image, if this recipe's is not there yet
   later-qemu     fetches a QEMU later than Debian 12's, if it is not there yet; prints the folder of its programs
+  stock-agents   fetches guest agents later than Debian 12's, if they are not there yet; prints their folders
   setup          installs the Debian packages that the tests need; the others call it";
 
 fn main() -> ExitCode {
@@ -50,6 +53,9 @@ fn main() -> ExitCode {
         "later-qemu" => setup::setup()
             .and_then(|()| later_qemu::programs())
             .map(|folder| println!("{}", folder.display())),
+        "stock-agents" => {
+            setup::setup().and_then(|()| stock_agents::folders()).map(|folders| println!("{folders}"))
+        }
         "setup" => setup::setup(),
         "help" | "--help" | "-h" => {
             println!("{USAGE}");
@@ -99,7 +105,8 @@ fn test_long() -> Result<(), String> {
 fn quick_tests(stages: &mut Stages) -> Result<(Targets, guest::Parts, PathBuf), String> {
     stages.run("setup", setup::setup)?;
     stages.run("check", check::check)?;
-    let targets = Targets::list()?;
+    let stock = stages.run("stock agents", || Ok(stock_agents::what_can_be_had()))?;
+    let targets = Targets::list(stock)?;
     stages.run("unit tests", || targets.without_guests(&[]))?;
     let parts = stages.run("guest image, agent and load", guest::parts)?;
     // The tests run the program as a user does, so it must be there beside them.
@@ -131,15 +138,25 @@ fn demo(arguments: &[String]) -> Result<(), String> {
     Ok(())
 }
 
-/// Runs the bench on programs as they are delivered. Only `stall` needs a guest.
+/// Runs the bench on programs as they are delivered. Only `stall` needs a guest; `agent` compares
+/// agents on this machine's own kernel.
 fn bench(arguments: &[String]) -> Result<(), String> {
     let mut stages = Stages::new();
     stages.run("setup", setup::setup)?;
     let stalls = arguments.first().is_some_and(|name| name == "stall");
     let parts = stalls.then(|| stages.run("guest image, agent and load", guest::parts)).transpose()?;
+    let agents = arguments.first().is_some_and(|name| name == "agent");
+    let agents = agents.then(|| -> Result<_, String> {
+        let ours = stages.run("agent", guest::agent)?.display().to_string();
+        Ok((ours, stages.run("stock agents", || Ok(stock_agents::what_can_be_had()))?))
+    });
+    let agents = agents.transpose()?;
     let bench = stages.run("build", || released("bench"))?;
     stages.run("bench", || {
         let command = arguments.iter().fold(program(&bench, &[]), |command, argument| command.arg(argument));
+        let command = agents.iter().fold(command, |command, (ours, stock)| {
+            command.env("STILLPOINT_AGENT", ours).env("STILLPOINT_STOCK_AGENTS", stock)
+        });
         parts.iter().fold(command, |command, parts| command.env("STILLPOINT_GUEST", &parts.to_string())).run()
     })?;
     stages.report();

@@ -17,11 +17,13 @@ pub(crate) struct Targets {
     in_guests: Vec<String>,
     of_vm: Vec<String>,
     others: Vec<String>,
+    /// Folders of stock agents.
+    stock: String,
 }
 
 impl Targets {
     /// Asks cargo. Cargo knows tests by name alone, so those that need a guest must have names of their own.
-    pub(crate) fn list() -> Result<Self, String> {
+    pub(crate) fn list(stock: String) -> Result<Self, String> {
         let metadata = metadata()?;
         let of = |wanted: &dyn Fn(&str) -> bool| -> Vec<String> {
             let packages = metadata["packages"].as_array().into_iter().flatten();
@@ -37,14 +39,14 @@ impl Targets {
         if let Some(twice) = in_guests.iter().find(|name| others.contains(name)) {
             return Err(format!("{twice} is a test of vm-tests and of another package: rename one"));
         }
-        Ok(Self { in_guests, of_vm, others })
+        Ok(Self { in_guests, of_vm, others, stock })
     }
 
     /// Everything that needs no guest.
     pub(crate) fn without_guests(&self, words: &[&str]) -> Result<(), String> {
         let words = [&["--"], words].concat();
         cargo(&[&["test", "--workspace", "--lib", "--bins"], &words[..]].concat()).run()?;
-        tests(&self.others, &words[1..]).run()?;
+        tests(&self.others, &words[1..]).env("STILLPOINT_STOCK_AGENTS", &self.stock).run()?;
         cargo(&[&["test", "--workspace", "--doc"], &words[..]].concat()).run()
     }
 

@@ -4,6 +4,7 @@ mod activation;
 mod commands;
 mod configuration;
 mod connections;
+mod contract;
 mod daemon;
 mod files;
 mod guest;

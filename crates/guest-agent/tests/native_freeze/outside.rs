@@ -1,7 +1,7 @@
 //! Runs the scenes one after another, each in its own private root, and prints as Rust's own test runner does.
 
 use super::private_root::THROTTLE;
-use super::scenes::{self, Scene};
+use super::scenes::{self, LONG, Scene};
 use rustix::io::{FdFlags, fcntl_setfd};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 /// Longest time of one scene, building included: mkfs and a loaded machine are slow.
 const SCENE_MAX: Duration = Duration::from_secs(120);
+/// The same of one that is run only by `make test-long`.
+const LONG_SCENE_MAX: Duration = Duration::from_secs(1_800);
 
 pub(crate) fn main(words: &[&str]) {
     let filters: Vec<&&str> = words.iter().filter(|word| !word.starts_with('-')).collect();
@@ -24,7 +26,9 @@ pub(crate) fn main(words: &[&str]) {
                 .iter()
                 .any(|filter| if exact { scene.name == **filter } else { scene.name.contains(**filter) })
     };
-    let scenes: Vec<&Scene> = scenes::all().filter(wanted).collect();
+    let (only_long, with_long) = (words.contains(&"--ignored"), words.contains(&"--include-ignored"));
+    let due = |scene: &&Scene| with_long || is_long(scene) == only_long;
+    let scenes: Vec<&Scene> = scenes::all().filter(wanted).filter(due).collect();
     if words.contains(&"--list") {
         scenes.iter().for_each(|scene| println!("{}: test", scene.name));
         return;
@@ -67,6 +71,14 @@ pub(crate) fn main(words: &[&str]) {
     std::process::exit(i32::from(!failed.is_empty()));
 }
 
+fn is_long(scene: &Scene) -> bool {
+    LONG.contains(&scene.name)
+}
+
+fn longest(scene: &Scene) -> Duration {
+    if is_long(scene) { LONG_SCENE_MAX } else { SCENE_MAX }
+}
+
 fn cannot_run() -> Option<String> {
     if !rustix::process::geteuid().is_root() {
         return Some("needs root (mount and process namespaces, loop devices)".to_owned());
@@ -93,6 +105,10 @@ fn run(scene: &Scene) -> Result<String, String> {
     // Another build of the agent, for example the static one that guests get.
     if let Some(agent) = std::env::var_os("STILLPOINT_AGENT") {
         command.env("STILLPOINT_AGENT", agent);
+    }
+    // Stock agents to compare with.
+    if let Some(folders) = std::env::var_os("STILLPOINT_STOCK_AGENTS") {
+        command.env("STILLPOINT_STOCK_AGENTS", folders);
     }
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // SAFETY: `unshare` and `prctl` are plain system calls, made in the single thread of the fresh child.
@@ -122,7 +138,9 @@ fn run(scene: &Scene) -> Result<String, String> {
         && mounts.starts_with("mounts");
     let mut rescuer = None;
     if built {
-        match hold(stage.id(), folder.path(), &mounts).and_then(|folders| start_rescuer(&folders)) {
+        match hold(stage.id(), folder.path(), &mounts)
+            .and_then(|folders| start_rescuer(&folders, longest(scene)))
+        {
             Ok(started) => {
                 rescuer = Some(started);
                 let mut stdin = stage.stdin.take().unwrap();
@@ -135,7 +153,7 @@ fn run(scene: &Scene) -> Result<String, String> {
             }
         }
     }
-    let status = wait(&mut stage, SCENE_MAX);
+    let status = wait(&mut stage, longest(scene));
     for device in throttled.split_whitespace().skip(1) {
         // The device may be gone already; the rule for its number must go all the same.
         let _unset = std::fs::write(THROTTLE, format!("{device} 0")).is_ok();
@@ -149,7 +167,7 @@ fn run(scene: &Scene) -> Result<String, String> {
     }
     let text = errors.join().unwrap_or_default();
     match status {
-        None => Err(format!("took longer than {SCENE_MAX:?}; {rescued}\n{text}")),
+        None => Err(format!("took longer than {:?}; {rescued}\n{text}", longest(scene))),
         Some(status) if !status.success() => Err(format!("{status}; {rescued}\n{text}")),
         Some(_) if !rescued.starts_with("rescued 0 stuck 0 told") => {
             Err(format!("left something frozen: {rescued}\n{text}"))
@@ -189,10 +207,10 @@ fn hold(stage: u32, folder: &Path, mounts: &str) -> std::io::Result<Vec<File>> {
         .collect()
 }
 
-fn start_rescuer(folders: &[File]) -> std::io::Result<Child> {
+fn start_rescuer(folders: &[File], longest: Duration) -> std::io::Result<Child> {
     let fds: Vec<i32> = folders.iter().map(AsRawFd::as_raw_fd).collect();
     let mut command = Command::new("/proc/self/exe");
-    command.arg("--rescue").arg((SCENE_MAX.as_secs() + 10).to_string()).args(fds.iter().map(i32::to_string));
+    command.arg("--rescue").arg((longest.as_secs() + 10).to_string()).args(fds.iter().map(i32::to_string));
     command.stdin(Stdio::piped()).stdout(Stdio::piped());
     // SAFETY: `setsid` and `fcntl` are plain system calls; the descriptors are open in the parent until `spawn` returns.
     unsafe {

@@ -31,6 +31,9 @@ pub(crate) fn find(name: &str) -> &'static Scene {
     all().find(|scene| scene.name == name).unwrap_or_else(|| panic!("no scene {name}"))
 }
 
+/// Those that only `make test-long` runs: none.
+pub(crate) const LONG: &[&str] = &[];
+
 fn ext4(build: &mut Build) {
     build.filesystem("ext4", "/data");
 }

@@ -53,7 +53,7 @@ fn ended_children() -> Result<Duration, String> {
 }
 
 /// Fields 14 and 15: the process itself.
-fn process(pid: u32) -> Result<Duration, String> {
+pub(crate) fn process(pid: u32) -> Result<Duration, String> {
     fields(&format!("/proc/{pid}/stat"), 14)
 }
 

@@ -2,8 +2,9 @@
 //!
 //! For `increment` and `full` the VM is a real QEMU whose virtual CPU stays at reset: no guest runs, so that QEMU's CPU
 //! seconds are those of its block layer alone. The disk is written through the guest's device by the monitor's `qemu-io`.
-//! `stall` is about a guest at work.
+//! `stall` is about a guest at work, `agent` about guest agents on this machine's own kernel.
 
+mod agent;
 mod cost;
 mod data;
 mod full;
@@ -20,6 +21,11 @@ fn main() -> ExitCode {
     let done = match words[..] {
         ["increment"] => increment::run(),
         ["full"] => full::run(),
+        ["agent"] => agent::run(agent::MIB),
+        ["agent", mib] => match mib.parse() {
+            Ok(mib @ 1..=65_536) => agent::run(mib),
+            _ => return usage(&words),
+        },
         ["stall", ref numbers @ ..] => {
             let numbers: Result<Vec<u32>, _> = numbers.iter().map(|number| number.parse()).collect();
             match numbers.as_deref() {
@@ -42,6 +48,9 @@ fn main() -> ExitCode {
 }
 
 fn usage(words: &[&str]) -> ExitCode {
-    eprintln!("bench [increment | full | stall [SNAPSHOTS [MIB_PER_S]]], not {}", words.join(" "));
+    eprintln!(
+        "bench [increment | full | stall [SNAPSHOTS [MIB_PER_S]] | agent [MIB]], not {}",
+        words.join(" ")
+    );
     ExitCode::from(2)
 }

@@ -1,0 +1,283 @@
+//! `cargo xtask bench agent`: what our guest agent costs, beside stock qemu-ga, in the same run on this machine.
+//!
+//! Both serve a unix socket. No agent can freeze, shut down or change anything here: those commands are blocked.
+
+mod peer;
+
+use peer::{Peer, Program};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+/// What is read and written unless told otherwise, in MiB.
+pub(crate) const MIB: u64 = 1024;
+/// Each round trip is asked for this often, in turns of `TURN`, so that what else the machine does hits all alike.
+const ASKED: usize = 10_000;
+const TURN: usize = 500;
+const PROGRAMS: usize = 200;
+/// How long an idle agent is watched.
+const WATCHED: Duration = Duration::from_secs(10);
+/// What one request of a transfer carries.
+const PIECE_MIB: u64 = 1;
+/// The file that is read and written over and over.
+const FILE_MIB: u64 = 64;
+/// The most that one request may read.
+const LARGEST_READ_BYTES: u64 = 48 << 20;
+/// A little less than what a stock agent can take in one message (64 MiB of base64).
+const LARGEST_WRITE_BYTES: usize = 47 << 20;
+
+/// The figures of one agent.
+#[derive(Default)]
+struct Figures {
+    size_kib: u64,
+    idle_rss_kib: u64,
+    idle_pss_kib: u64,
+    /// Wake-ups in `WATCHED`: with a client that is silent, without one, on a port without a host.
+    wakeups: [Option<u64>; 3],
+    /// For each question: p50 in microseconds, p99, CPU microseconds each.
+    asked: Vec<[f64; 3]>,
+    exec_us: Option<f64>,
+    read: Option<Transfer>,
+    write: Option<Transfer>,
+    largest_read: Option<Transfer>,
+    largest_write: Option<Transfer>,
+}
+
+/// Bytes moved: what it cost the agent.
+#[derive(Clone, Copy)]
+struct Transfer {
+    cpu_s: f64,
+    wall_s: f64,
+    peak_rss_kib: u64,
+}
+
+const QUESTIONS: [(&str, &str); 3] = [
+    ("ping", r#"{"execute":"guest-ping"}"#),
+    ("sync", r#"{"execute":"guest-sync","arguments":{"id":12345678}}"#),
+    ("info", r#"{"execute":"guest-info"}"#),
+];
+
+/// Measures all agents and prints a table; the first is ours.
+pub(crate) fn run(mib: u64) -> Result<(), String> {
+    let programs = Program::all()?;
+    let mut all: Vec<Figures> = programs.iter().map(|_| Figures::default()).collect();
+    for (program, figures) in programs.iter().zip(&mut all) {
+        eprintln!("{}: at rest", program.name);
+        at_rest(program, figures)?;
+    }
+    eprintln!("round trips");
+    round_trips(&programs, &mut all)?;
+    for (program, figures) in programs.iter().zip(&mut all) {
+        eprintln!("{}: programs and files", program.name);
+        figures.exec_us = programs_started(program)?;
+        transfers(program, figures, mib)?;
+    }
+    print(&programs, &all, mib);
+    Ok(())
+}
+
+fn at_rest(program: &Program, figures: &mut Figures) -> Result<(), String> {
+    let mut peer = Peer::start(program)?;
+    for (_, question) in QUESTIONS {
+        peer.ask(question)?;
+    }
+    figures.size_kib = peer.mapped_files_kib()?;
+    std::thread::sleep(Duration::from_secs(1));
+    figures.idle_rss_kib = peer.status_kib("VmRSS")?;
+    figures.idle_pss_kib = peer.pss_kib()?;
+    figures.wakeups[0] = Some(woken(&peer)?);
+    peer.hang_up();
+    std::thread::sleep(Duration::from_millis(500));
+    figures.wakeups[1] = Some(woken(&peer)?);
+    drop(peer);
+    // A port without a host reads as an empty file does. Ours does not take a file for a port: `vm-tests/tests/agent_port.rs`
+    // looks at a real one.
+    if let Ok(peer) = Peer::start_on_file(program) {
+        std::thread::sleep(Duration::from_millis(500));
+        figures.wakeups[2] = woken(&peer).ok();
+    }
+    Ok(())
+}
+
+fn woken(peer: &Peer) -> Result<u64, String> {
+    let before = peer.switches()?;
+    std::thread::sleep(WATCHED);
+    Ok(peer.switches()? - before)
+}
+
+fn round_trips(programs: &[Program], all: &mut [Figures]) -> Result<(), String> {
+    let mut peers = programs.iter().map(Peer::start).collect::<Result<Vec<_>, _>>()?;
+    for (_, question) in QUESTIONS {
+        let mut times: Vec<Vec<f64>> = vec![Vec::new(); peers.len()];
+        let before = peers.iter().map(Peer::cpu).collect::<Result<Vec<_>, _>>()?;
+        for _ in 0..ASKED / TURN {
+            for (peer, times) in peers.iter_mut().zip(&mut times) {
+                for _ in 0..TURN {
+                    let begun = Instant::now();
+                    peer.ask(question)?;
+                    times.push(begun.elapsed().as_secs_f64() * 1e6);
+                }
+            }
+        }
+        for (index, peer) in peers.iter().enumerate() {
+            let cpu = (peer.cpu()? - before[index]).as_secs_f64() * 1e6 / ASKED as f64;
+            times[index].sort_by(f64::total_cmp);
+            let at = |part: usize| times[index][times[index].len() * part / 100];
+            all[index].asked.push([at(50), at(99), cpu]);
+        }
+    }
+    Ok(())
+}
+
+/// The median time from asking for a program to knowing that it has ended, asking without pause.
+fn programs_started(program: &Program) -> Result<Option<f64>, String> {
+    let mut peer = Peer::start(program)?;
+    if !peer.knows("guest-exec")? {
+        return Ok(None);
+    }
+    let mut times = Vec::new();
+    for _ in 0..PROGRAMS {
+        let begun = Instant::now();
+        let pid = peer.call("guest-exec", &json!({"path": "/bin/true"}))?["pid"].clone();
+        while peer.call("guest-exec-status", &json!({"pid": pid}))?["exited"] != true {}
+        times.push(begun.elapsed().as_secs_f64() * 1e6);
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(Some(times[times.len() / 2]))
+}
+
+fn transfers(program: &Program, figures: &mut Figures, mib: u64) -> Result<(), String> {
+    if !Peer::start(program)?.knows("guest-file-read")? {
+        return Ok(());
+    }
+    figures.read = Some(transfer(program, |peer, file| {
+        let request = json!({"handle": file, "count": PIECE_MIB << 20});
+        for round in 0..mib / PIECE_MIB {
+            let read = peer.sized("guest-file-read", &request)?;
+            if u64::try_from(read) != Ok(PIECE_MIB << 20) {
+                return Err(format!("{read} bytes were read"));
+            }
+            rewind(peer, file, round)?;
+        }
+        Ok(())
+    })?);
+    let piece = peer::base64_of(usize::try_from(PIECE_MIB << 20).map_err(|error| error.to_string())?);
+    figures.write = Some(transfer(program, |peer, file| {
+        let request = json!({"handle": file, "buf-b64": piece});
+        for round in 0..mib / PIECE_MIB {
+            peer.call("guest-file-write", &request)?;
+            rewind(peer, file, round)?;
+        }
+        Ok(())
+    })?);
+    figures.largest_read = Some(transfer(program, |peer, file| {
+        peer.sized("guest-file-read", &json!({"handle": file, "count": LARGEST_READ_BYTES})).map(|_| ())
+    })?);
+    let piece = peer::base64_of(LARGEST_WRITE_BYTES);
+    figures.largest_write = Some(transfer(program, |peer, file| {
+        peer.call("guest-file-write", &json!({"handle": file, "buf-b64": piece})).map(|_| ())
+    })?);
+    Ok(())
+}
+
+/// Back to the beginning of the file whenever its end was reached.
+fn rewind(peer: &mut Peer, file: &Value, round: u64) -> Result<(), String> {
+    if ((round + 1) * PIECE_MIB).is_multiple_of(FILE_MIB) {
+        peer.call("guest-file-seek", &json!({"handle": file, "offset": 0, "whence": 0}))?;
+    }
+    Ok(())
+}
+
+/// One transfer by an agent that was started for it, on an open file.
+fn transfer(
+    program: &Program,
+    work: impl FnOnce(&mut Peer, &Value) -> Result<(), String>,
+) -> Result<Transfer, String> {
+    let mut peer = Peer::start(program)?;
+    let path = peer.file(FILE_MIB << 20)?;
+    let file = peer.call("guest-file-open", &json!({"path": path, "mode": "r+"}))?;
+    let (cpu, begun) = (peer.cpu()?, Instant::now());
+    work(&mut peer, &file)?;
+    Ok(Transfer {
+        cpu_s: (peer.cpu()? - cpu).as_secs_f64(),
+        wall_s: begun.elapsed().as_secs_f64(),
+        peak_rss_kib: peer.status_kib("VmHWM")?,
+    })
+}
+
+fn print(programs: &[Program], all: &[Figures], mib: u64) {
+    let row = |name: &str, figure: &dyn Fn(&Figures) -> String| {
+        print!("{name:44}");
+        all.iter().for_each(|figures| print!("{:>16}", figure(figures)));
+        println!();
+    };
+    print!("{:44}", "");
+    programs.iter().for_each(|program| print!("{:>16}", program.name));
+    println!();
+    let kib = |kib: u64| format!("{kib} KiB");
+    row("program and its libraries", &|one| kib(one.size_kib));
+    row("resident, idle", &|one| kib(one.idle_rss_kib));
+    row("  its share of shared pages (PSS)", &|one| kib(one.idle_pss_kib));
+    let seconds = WATCHED.as_secs();
+    for (index, name) in
+        ["with a silent client", "without a client", "on a port without a host"].iter().enumerate()
+    {
+        row(&format!("wake-ups in {seconds} s {name}"), &|one| {
+            one.wakeups[index].map_or("-".to_owned(), |count| count.to_string())
+        });
+    }
+    for (index, (name, _)) in QUESTIONS.iter().enumerate() {
+        row(&format!("{name}: p50 / p99"), &|one| {
+            format!("{:.0} / {:.0} µs", one.asked[index][0], one.asked[index][1])
+        });
+        row(&format!("{name}: CPU each"), &|one| format!("{:.1} µs", one.asked[index][2]));
+    }
+    row("exec /bin/true until its end is told, p50", &|one| {
+        one.exec_us.map_or("-".to_owned(), |time| format!("{time:.0} µs"))
+    });
+    type Of = fn(&Figures) -> Option<Transfer>;
+    let transfers: [(String, Of); 4] = [
+        (format!("{mib} MiB read, {PIECE_MIB} MiB a request"), |one| one.read),
+        (format!("{mib} MiB written, {PIECE_MIB} MiB a request"), |one| one.write),
+        ("48 MiB in one read".to_owned(), |one| one.largest_read),
+        ("47 MiB in one write".to_owned(), |one| one.largest_write),
+    ];
+    for (name, of) in transfers {
+        row(&format!("{name}: CPU / wall"), &|one| {
+            of(one).map_or("-".to_owned(), |done| format!("{:.2} / {:.2} s", done.cpu_s, done.wall_s))
+        });
+        row(&format!("{name}: peak"), &|one| of(one).map_or("-".to_owned(), |done| kib(done.peak_rss_kib)));
+    }
+    println!();
+    verdicts(programs, all);
+}
+
+/// What the project aims at, against each stock agent.
+fn verdicts(programs: &[Program], all: &[Figures]) {
+    let Some((ours, others)) = all.split_first() else { return };
+    let say = |name: String, met: bool| println!("{} {name}", if met { "met   " } else { "MISSED" });
+    say(format!("idle: at most 3 MiB resident: {} KiB", ours.idle_rss_kib), ours.idle_rss_kib <= 3 << 10);
+    let woken: u64 = ours.wakeups.iter().flatten().sum();
+    say(format!("idle: no wake-ups: {woken}"), woken == 0);
+    for (program, stock) in programs[1..].iter().zip(others) {
+        let name = &program.name;
+        say(format!("{name}: less resident when idle"), ours.idle_rss_kib < stock.idle_rss_kib);
+        let ratio = ours.asked[0][0] / stock.asked[0][0];
+        say(format!("{name}: ping p50 at most the same: {ratio:.2} times"), ratio <= 1.0);
+        if let (Some(own), Some(other)) = (ours.read, stock.read) {
+            let ratio = own.cpu_s / other.cpu_s;
+            say(format!("{name}: CPU to read at most a fifth: {ratio:.3}"), ratio <= 0.2);
+        }
+        for (what, of) in [
+            ("read", (|one| one.largest_read) as fn(&Figures) -> Option<Transfer>),
+            ("write", |one| one.largest_write),
+        ] {
+            if let (Some(own), Some(other)) = (of(ours), of(stock)) {
+                let ratio = own.peak_rss_kib as f64 / other.peak_rss_kib as f64;
+                say(
+                    format!("{name}: peak memory of the largest {what} at most a quarter: {ratio:.3}"),
+                    ratio <= 0.25,
+                );
+            }
+        }
+    }
+}
