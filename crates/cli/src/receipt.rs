@@ -2,7 +2,7 @@
 
 use crate::escape::Plain;
 use crate::units::{Bytes, Millis, instant};
-use guest_protocol::stillpoint::{FilesystemState, GuestReport, ThawCause};
+use guest_protocol::stillpoint::{FilesystemState, GuestReport, HookCall, HookOutcome, ThawCause};
 use snapshot::receipt::{Agent, CopyMethod, DiskEvidence, Receipt};
 use snapshot::{Level, Reason, Verdict};
 use std::fmt::{self, Display, Formatter};
@@ -49,6 +49,7 @@ impl Display for Page<'_> {
         if let Some(guest) = &receipt.guest {
             filesystems(f, guest)?;
             self.applications(f, guest)?;
+            hooks(f, guest)?;
         }
         reasons(f, &self.verdict.reasons)?;
         let t = receipt.phases_ms;
@@ -193,6 +194,31 @@ fn filesystems(f: &mut Formatter<'_>, guest: &GuestReport) -> fmt::Result {
         )?;
         if let Some(detail) = &filesystem.detail {
             writeln!(f, "    {}", Plain(detail))?;
+        }
+    }
+    Ok(())
+}
+
+fn hooks(f: &mut Formatter<'_>, guest: &GuestReport) -> fmt::Result {
+    heading(f, "hooks", guest.hooks.is_empty())?;
+    let told = |call: &Option<HookCall>| {
+        let Some(call) = call else { return "not called".to_owned() };
+        let how = match call.outcome {
+            HookOutcome::Succeeded => "succeeded",
+            HookOutcome::Failed => "failed",
+            HookOutcome::TimedOut => "took too long",
+            HookOutcome::Aborted => "called off",
+            HookOutcome::NotStarted => "could not be started",
+            HookOutcome::Refused => "refused",
+        };
+        format!("{how} {}", Millis(call.ms))
+    };
+    for hook in &guest.hooks {
+        let (freeze, thaw) = (told(&hook.freeze), told(&hook.thaw));
+        writeln!(f, "  {:<47} freeze {freeze}, thaw {thaw}", Plain(&hook.path))?;
+        for output in [&hook.freeze, &hook.thaw].into_iter().flatten().filter_map(|call| call.output.as_ref())
+        {
+            writeln!(f, "    {}", Plain(output.trim_end()))?;
         }
     }
     Ok(())

@@ -6,7 +6,8 @@
 pub mod receipts;
 
 use guest_protocol::stillpoint::{
-    ApplicationReport, FilesystemReport, FilesystemState, GuestDisk, GuestReport, Policy, ThawCause,
+    ApplicationReport, FilesystemReport, FilesystemState, GuestDisk, GuestReport, HookCall, HookOutcome,
+    Policy, ThawCause,
 };
 use snapshot::Level;
 use snapshot::receipt::{Agent, DiskEvidence, Receipt};
@@ -48,9 +49,25 @@ pub fn most_of(receipt: &Receipt, application: &ApplicationReport) -> Level {
         return Level::Crash;
     }
     let granted = application.policy != Policy::Off && application.quiesced && application.held;
-    let keeps = application.crash_safe || application.locked || application.attested_by.is_some();
+    let keeps = match &application.attested_by {
+        Some(hook) => vouched(report, hook),
+        None => application.crash_safe || application.locked,
+    };
     let now = application.saved_ms_before.is_none();
     if granted && keeps && now && held(receipt, report) { Level::Application } else { Level::Filesystem }
+}
+
+/// A hook of this name took part, and every call of every such hook went well.
+fn vouched(report: &GuestReport, name: &str) -> bool {
+    let calls: Vec<_> = report
+        .hooks
+        .iter()
+        .filter(|hook| hook.path == name)
+        .flat_map(|hook| [&hook.freeze, &hook.thaw])
+        .collect();
+    let went_well =
+        |call: &&Option<HookCall>| matches!(call, Some(call) if call.outcome == HookOutcome::Succeeded);
+    !calls.is_empty() && calls.iter().all(went_well)
 }
 
 /// *crash*: one instant for every disk that counts, but for those that someone left out.

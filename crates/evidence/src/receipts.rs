@@ -2,7 +2,8 @@
 
 use arbitrary::{Result, Unstructured};
 use guest_protocol::stillpoint::{
-    ApplicationReport, FilesystemReport, FilesystemState, GuestDisk, GuestReport, Policy, Reason, ThawCause,
+    ApplicationReport, FilesystemReport, FilesystemState, GuestDisk, GuestReport, HookCall, HookOutcome,
+    HookReport, Policy, Reason, ThawCause,
 };
 use snapshot::receipt::{Agent, DiskEvidence, Order, Point, Receipt, StockFilesystem, StockFreeze};
 
@@ -11,6 +12,7 @@ const NUMBERS: [&str; 4] = ["254:0", "254:16", "254:32", "8:1"];
 const RUNS: [&str; 2] = ["run1", "run0"];
 const SERIALS: [&str; 6] = ["root", "data", "log", "", "01234567890123456789", "0123456789012345678901"];
 const PCI: [&str; 2] = ["0000:00:04.0", "0000:00:05.0"];
+const HOOKS: [&str; 2] = ["hook", "other"];
 const CODES: [&str; 6] = [
     "zfs_cannot_freeze",
     "too_many_namespaces",
@@ -119,6 +121,7 @@ fn report(bytes: &mut Unstructured<'_>) -> Result<GuestReport> {
         thawed_by: one_of(bytes, &CAUSES, 1)?,
         filesystems: few(bytes, 4, filesystem)?,
         applications: few(bytes, 2, application)?,
+        hooks: few(bytes, 2, hook)?,
         uncovered: if wrong(bytes)? { few(bytes, 1, reason)? } else { vec![] },
         reasons: if wrong(bytes)? { few(bytes, 1, reason)? } else { vec![] },
         ..GuestReport::default()
@@ -155,8 +158,21 @@ fn application(bytes: &mut Unstructured<'_>, at: usize) -> Result<ApplicationRep
         held: !wrong(bytes)?,
         crash_safe: !wrong(bytes)?,
         saved_ms_before: if wrong(bytes)? { Some(900) } else { None },
-        attested_by: if wrong(bytes)? { Some("hook".to_owned()) } else { None },
+        attested_by: if bytes.ratio(1, 4)? { Some((*bytes.choose(&HOOKS)?).to_owned()) } else { None },
         ..ApplicationReport::default()
+    })
+}
+
+fn hook(bytes: &mut Unstructured<'_>, at: usize) -> Result<HookReport> {
+    let outcomes = [HookOutcome::Succeeded, HookOutcome::Failed, HookOutcome::TimedOut, HookOutcome::Refused];
+    let call = |bytes: &mut Unstructured<'_>| {
+        let outcome = one_of(bytes, &outcomes, 0)?;
+        Ok(if wrong(bytes)? { None } else { Some(HookCall { outcome, ..HookCall::default() }) })
+    };
+    Ok(HookReport {
+        path: one_of(bytes, &HOOKS, at.min(1))?.to_owned(),
+        freeze: call(bytes)?,
+        thaw: call(bytes)?,
     })
 }
 

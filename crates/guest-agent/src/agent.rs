@@ -3,6 +3,7 @@
 use crate::channel::{Channel, Kind, Link, Listener, State};
 use crate::commands::{Commands, Delivery, EXEC_TOKEN, Reply, Settings, Transfer};
 use crate::daemon::PidFile;
+use crate::hooks;
 use crate::log;
 use crate::options::Options;
 use crate::poll::{Event, Poll};
@@ -64,7 +65,11 @@ impl Agent {
                 statedir: options.statedir,
                 compat_lease: options.compat_lease,
                 selection: options.selection,
-                hook: options.hook,
+                hooks: options.hook.map(|path| hooks::Settings {
+                    path,
+                    limit: options.hook_limit,
+                    tell_output: options.report_hook_output,
+                }),
                 ..run::Settings::default()
             },
         };

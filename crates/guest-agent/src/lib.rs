@@ -6,6 +6,7 @@ pub mod channel;
 pub mod commands;
 pub mod daemon;
 pub mod freeze;
+pub mod hooks;
 pub mod logging;
 pub mod oom;
 pub mod options;

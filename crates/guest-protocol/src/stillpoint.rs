@@ -14,6 +14,8 @@ pub const LEASE_MS_MAX: u64 = 300_000;
 pub const FILESYSTEMS_MAX: usize = 4096;
 /// Most applications in a report.
 pub const APPLICATIONS_MAX: usize = 256;
+/// Most hooks of a run.
+pub const HOOKS_MAX: usize = 64;
 /// Longest text in a report, in bytes; longer ones end in `…`.
 pub const TEXT_BYTES_MAX: usize = 1024;
 
@@ -154,6 +156,9 @@ pub struct CheckReport {
     pub filesystems: Vec<FilesystemReport>,
     /// Every discovered application; `quiesced` and `held` are false.
     pub applications: Vec<ApplicationReport>,
+    /// Hooks that would be called, in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hooks: Vec<String>,
     /// Mounts that no freeze can cover.
     pub uncovered: Vec<Reason>,
     /// What stands in the way.
@@ -249,6 +254,9 @@ pub struct GuestReport {
     pub filesystems: Vec<FilesystemReport>,
     /// Every discovered application.
     pub applications: Vec<ApplicationReport>,
+    /// Every hook that was called, in the order of the freeze.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hooks: Vec<HookReport>,
     /// Mounts that no freeze can cover (network file systems, ZFS …).
     pub uncovered: Vec<Reason>,
     /// Processes that write to the frozen file systems and belong to no discovered application.
@@ -372,11 +380,63 @@ pub struct ApplicationReport {
     pub position: Option<String>,
     /// Settings and facts that the claim rests on.
     pub facts: BTreeMap<String, String>,
-    /// Hook that claims the quiesce, if no module did.
+    /// Hook that claims the quiesce, if no module did; it is among the report's hooks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attested_by: Option<String>,
     /// Why it is less than it could be, and what the copy will need.
     pub reasons: Vec<Reason>,
+}
+
+/// One hook: called before the freeze, and again after the thaw.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookReport {
+    /// Its path.
+    pub path: String,
+    /// What came of the call before the freeze.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freeze: Option<HookCall>,
+    /// What came of the call after the thaw.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thaw: Option<HookCall>,
+}
+
+/// One call of a hook.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookCall {
+    /// How it ended.
+    pub outcome: HookOutcome,
+    /// Its exit code, if it ended by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// The signal that ended it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+    /// How long it took, in milliseconds.
+    pub ms: u64,
+    /// How much it wrote, in bytes.
+    pub output_bytes: u64,
+    /// The beginning and the end of that, where the guest's administrator lets it out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<String>,
+}
+
+/// How a call of a hook ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HookOutcome {
+    /// With exit code 0.
+    Succeeded,
+    /// With another exit code, or by a signal.
+    Failed,
+    /// It took too long and was ended.
+    TimedOut,
+    /// A thaw came, or the agent was told to end, and it was ended.
+    Aborted,
+    /// It could not be started.
+    #[default]
+    NotStarted,
+    /// It is not root's own, or others may write to it.
+    Refused,
 }
 
 /// A process that was seen writing and belongs to no discovered application.

@@ -7,8 +7,8 @@
 use crate::receipt::{Agent, DiskEvidence, Receipt, StockFreeze};
 use crate::{Level, Reason, Request};
 use guest_protocol::stillpoint::{
-    ApplicationPolicy, ApplicationReport, FilesystemReport, FilesystemState, GuestDisk, GuestReport, Policy,
-    ThawCause,
+    ApplicationPolicy, ApplicationReport, FilesystemReport, FilesystemState, GuestDisk, GuestReport,
+    HookCall, HookOutcome, HookReport, Policy, ThawCause,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -227,7 +227,8 @@ fn ours(receipt: &Receipt, reasons: &mut Vec<Reason>, applications: &mut Vec<(Le
         level = level.min(Level::Crash);
     }
     for application in &report.applications {
-        let (worth, why) = application_level(application, &parts);
+        let (worth, why) = application_level(application, &parts, &report.hooks);
+        reasons.extend(attested(application, worth));
         reasons.extend(why.iter().filter(|_| worth < Level::Application).cloned());
         level = level.min(worth);
         applications.push((worth, why));
@@ -369,7 +370,30 @@ fn same_serial(host: Option<&str>, guest: &str) -> bool {
     })
 }
 
-fn application_level(application: &ApplicationReport, parts: &BTreeMap<&str, Level>) -> (Level, Vec<Reason>) {
+/// Whose word it is, where a level rests on it.
+fn attested(application: &ApplicationReport, worth: Level) -> Option<Reason> {
+    let hook = application.attested_by.as_ref().filter(|_| worth >= Level::Application)?;
+    let subject = format!("{} {}", application.kind, application.instance);
+    Some(Reason::new(
+        "attested",
+        subject,
+        format!("attested by {hook}: a hook's word, not seen by the agent"),
+    ))
+}
+
+/// A hook's word counts if the hook was called before and after, and had no complaint.
+fn hook_succeeded(path: &str, hooks: &[HookReport]) -> bool {
+    let good =
+        |call: &Option<HookCall>| call.as_ref().is_some_and(|call| call.outcome == HookOutcome::Succeeded);
+    let mut named = hooks.iter().filter(|hook| hook.path == path).peekable();
+    named.peek().is_some() && named.all(|hook| good(&hook.freeze) && good(&hook.thaw))
+}
+
+fn application_level(
+    application: &ApplicationReport,
+    parts: &BTreeMap<&str, Level>,
+    hooks: &[HookReport],
+) -> (Level, Vec<Reason>) {
     let subject = format!("{} {}", application.kind, application.instance);
     let mut why = application.reasons.clone();
     let mut level = Level::Clean;
@@ -398,6 +422,11 @@ fn application_level(application: &ApplicationReport, parts: &BTreeMap<&str, Lev
         Some(("not_held", "its server or session did not last until after the thaw"))
     } else if application.saved_ms_before.is_some() {
         Some(("saved_before_freeze", "its data was saved some time before the freeze"))
+    } else if application.attested_by.as_ref().is_some_and(|hook| !hook_succeeded(hook, hooks)) {
+        Some((
+            "attestation_unproven",
+            "the hook that vouches for it was not called, or failed, before or after",
+        ))
     } else if application.attested_by.is_none() && !application.locked && !application.crash_safe {
         Some(("not_crash_safe", "it was flushed, but its own settings do not keep what it acknowledges"))
     } else {

@@ -76,6 +76,12 @@ fn page(name: &str, rehearsal: &Rehearsal, report: &CheckReport) -> String {
         let version = a.version.as_deref().unwrap_or("");
         writeln!(text, "  {} {} {}", Plain(&a.kind), Plain(version), Plain(&a.instance)).unwrap_or_default();
     }
+    if !report.hooks.is_empty() {
+        text.push_str("hooks\n");
+    }
+    for hook in &report.hooks {
+        writeln!(text, "  {}", Plain(hook)).unwrap_or_default();
+    }
     if !rehearsal.reasons.is_empty() {
         text.push_str("to know\n");
     }

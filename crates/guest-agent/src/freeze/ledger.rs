@@ -8,7 +8,7 @@
 //! Layout, in 64-bit words of the machine's own order: a header of 16, then 8 for each superblock, in plan order.
 
 use super::mountinfo::DeviceNumber;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::fs::File;
 use std::io;
@@ -33,6 +33,9 @@ enum Header {
     DeadlineNs,
     AgentDueNs,
     ShortGrace,
+    HooksOwed,
+    HookProcess,
+    HookCalledNs,
 }
 
 /// Words of an entry.
@@ -147,7 +150,17 @@ impl Ledger {
     /// What the file system of the state folder answers; `AlreadyExists` if another run's record is there.
     pub fn create(path: &Path, devices: &[DeviceNumber]) -> io::Result<Self> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?;
+        Self::write(rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?, devices)
+    }
+
+    /// A record that no other process will read, of hooks alone.
+    /// # Errors
+    /// When the kernel has no room.
+    pub fn of_hooks_alone() -> io::Result<Self> {
+        Self::write(rustix::fs::memfd_create("hooks", MemfdFlags::CLOEXEC)?, &[])
+    }
+
+    fn write(file: OwnedFd, devices: &[DeviceNumber]) -> io::Result<Self> {
         let words = HEADER_WORDS + ENTRY_WORDS * devices.len();
         // Really allocated: a full tmpfs must show here, and not as a bus error while frozen.
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 8 * words as u64)?;
@@ -285,6 +298,36 @@ impl Ledger {
     /// Whether grace periods may have been left short.
     pub fn has_short_grace(&self) -> bool {
         self.header(Header::ShortGrace).load(SeqCst) != 0
+    }
+
+    /// Says that the first so many hooks of the record are owed the call after the thaw.
+    pub fn owe_hooks(&self, count: usize) {
+        self.header(Header::HooksOwed).store(count as u64, SeqCst);
+    }
+
+    /// How many hooks, from the first, are owed the call after the thaw.
+    pub fn hooks_owed(&self) -> usize {
+        usize::try_from(self.header(Header::HooksOwed).load(SeqCst)).unwrap_or(usize::MAX)
+    }
+
+    /// Says when a hook is about to be called, in nanoseconds since boot.
+    pub fn note_hook_call(&self, now_ns: u64) {
+        self.header(Header::HookCalledNs).store(now_ns, SeqCst);
+    }
+
+    /// When a hook was last called, in nanoseconds since boot; 0: never.
+    pub fn hook_called_ns(&self) -> u64 {
+        self.header(Header::HookCalledNs).load(SeqCst)
+    }
+
+    /// Says which process is the hook that runs; 0: none. Async-signal-safe.
+    pub fn note_hook_process(&self, process: u64) {
+        self.header(Header::HookProcess).store(process, SeqCst);
+    }
+
+    /// The hook that runs, which leads a session; 0: none.
+    pub fn hook_process(&self) -> u64 {
+        self.header(Header::HookProcess).load(SeqCst)
     }
 
     /// Number of the superblock.

@@ -35,6 +35,12 @@ pub fn dump(options: &Options) -> String {
     if options.compat_lease != default.compat_lease {
         line("compat-lease-ms", &options.compat_lease.as_millis().to_string());
     }
+    if options.hook_limit != default.hook_limit {
+        line("hook-limit-ms", &options.hook_limit.as_millis().to_string());
+    }
+    if options.report_hook_output {
+        line("report-hook-output", "true");
+    }
     let (include, exclude) = options.selection.lists();
     for (key, list) in [("freeze-include", include), ("freeze-exclude", exclude)] {
         if !list.is_empty() {

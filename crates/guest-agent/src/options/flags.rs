@@ -31,6 +31,8 @@ Not known to qemu-ga:
       --freeze-include=A,B  freeze only these file systems: mount points, '/folder/*' for all below a folder,
                             or types such as xfs
       --freeze-exclude=A,B  freeze none of these
+      --hook-limit-ms=N     how long one call of a hook may take (default: 60000)
+      --report-hook-output  tell hosts what hooks write, up to 1 KiB (default: only the log)
 ";
 
 /// What a flag is about.
@@ -46,10 +48,12 @@ pub(super) enum Flag {
     FreezeInclude,
     FsfreezeHook,
     Help,
+    HookLimitMs,
     Logfile,
     Method,
     Path,
     Pidfile,
+    ReportHookOutput,
     ReportVersion,
     RetryPath,
     Statedir,
@@ -78,10 +82,12 @@ const FLAGS: &[(&str, Option<u8>, Takes, Flag)] = &[
     ("freeze-include", None, Takes::Value, Flag::FreezeInclude),
     ("fsfreeze-hook", Some(b'F'), Takes::GluedValue, Flag::FsfreezeHook),
     ("help", Some(b'h'), Takes::Nothing, Flag::Help),
+    ("hook-limit-ms", None, Takes::Value, Flag::HookLimitMs),
     ("logfile", Some(b'l'), Takes::Value, Flag::Logfile),
     ("method", Some(b'm'), Takes::Value, Flag::Method),
     ("path", Some(b'p'), Takes::Value, Flag::Path),
     ("pidfile", Some(b'f'), Takes::Value, Flag::Pidfile),
+    ("report-hook-output", None, Takes::Nothing, Flag::ReportHookOutput),
     ("report-version", None, Takes::Value, Flag::ReportVersion),
     ("retry-path", Some(b'r'), Takes::Nothing, Flag::RetryPath),
     ("statedir", Some(b't'), Takes::Value, Flag::Statedir),
@@ -150,9 +156,14 @@ fn bytes_to_word(bytes: &[u8]) -> OsString {
     OsString::from_vec(bytes.to_vec())
 }
 
-/// A long name, or a beginning of it that fits no other flag.
+/// A long name, or a beginning of it that fits no other flag. What qemu-ga takes for one of its flags is that one, whatever
+/// flags of ours begin with.
 fn find_long(name: &str) -> Result<(&'static str, Takes, Flag), String> {
-    let begins: Vec<_> = FLAGS.iter().filter(|(long, ..)| long.starts_with(name)).collect();
+    let mut begins: Vec<_> = FLAGS.iter().filter(|(long, ..)| long.starts_with(name)).collect();
+    let is_theirs = |(long, short, ..): &&(&str, Option<u8>, Takes, Flag)| short.is_some() || *long == name;
+    if begins.iter().any(is_theirs) {
+        begins.retain(is_theirs);
+    }
     let same = |found: &&(&str, Option<u8>, Takes, Flag)| found.3;
     match begins.iter().find(|(long, ..)| *long == name).or(begins.first()) {
         Some((long, _, takes, flag)) if *long == name || begins.iter().all(|other| same(other) == *flag) => {

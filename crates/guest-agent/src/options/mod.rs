@@ -242,12 +242,25 @@ mod tests {
     }
 
     #[test]
+    fn no_flag_of_ours_is_in_the_way_of_an_abbreviation_that_qemu_ga_takes() {
+        for (line, retries) in [("--re", true), ("--r", true), ("--report-v=1", false)] {
+            assert_eq!(options(line).retry_path, retries, "{line}");
+        }
+        assert_eq!(options("--f=/x").hook, Some("/x".into()));
+        assert_eq!(read("--h", None), Ok(Wish::Help));
+    }
+
+    #[test]
     fn a_dump_holds_what_is_ours_where_it_is_set() {
-        let line = "-m unix-listen --compat-lease-ms=5000 --freeze-exclude=/b,vfat --freeze-exclude=/c/*";
+        let line = "-m unix-listen --compat-lease-ms=5000 --freeze-exclude=/b,vfat --freeze-exclude=/c/* \
+                    --hook-limit-ms=7000 --report-hook-output";
         let set = options(line);
         let dumped = dump(&set);
         assert!(
-            dumped.ends_with("\n\n[stillpoint]\ncompat-lease-ms=5000\nfreeze-exclude=/b,vfat,/c/*\n"),
+            dumped.ends_with(
+                "\n\n[stillpoint]\ncompat-lease-ms=5000\nhook-limit-ms=7000\n\
+                               report-hook-output=true\nfreeze-exclude=/b,vfat,/c/*\n"
+            ),
             "{dumped}"
         );
         assert!(!dumped.contains("path=/"), "there is none: {dumped}");

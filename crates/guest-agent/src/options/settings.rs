@@ -3,6 +3,7 @@
 use super::flags::{Flag, Given};
 use super::keyfile::KeyFile;
 use crate::freeze::selection::Selection;
+use crate::hooks;
 use guest_protocol::stillpoint::LEASE_MS_MAX;
 use std::ffi::OsStr;
 use std::path::PathBuf;
@@ -10,8 +11,6 @@ use std::time::Duration;
 
 /// Version that is reported to hosts, which compare it as QEMU's. It is the one whose behaviour is kept.
 pub const REPORTED_VERSION: &str = "11.1.3";
-/// The hook of `-F` alone.
-const HOOK: &str = "/etc/qemu/fsfreeze-hook";
 /// Port of `isa-serial`.
 const SERIAL_PORT: &str = "/dev/ttyS0";
 /// Where QEMU's virtio-serial port is, by its well-known name.
@@ -22,7 +21,14 @@ const GENERAL: &str = "general";
 /// Ours, which qemu-ga passes over.
 pub(super) const OURS: &str = "stillpoint";
 /// All keys of ours: one that is misspelt would be one that is missing.
-const OUR_KEYS: &[&str] = &["compat-lease-ms", "freeze-exclude", "freeze-include", "report-version"];
+const OUR_KEYS: &[&str] = &[
+    "compat-lease-ms",
+    "freeze-exclude",
+    "freeze-include",
+    "hook-limit-ms",
+    "report-hook-output",
+    "report-version",
+];
 
 /// How hosts are listened to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,6 +104,10 @@ pub struct Options {
     pub compat_lease: Duration,
     /// `--freeze-include` and `--freeze-exclude`, ours.
     pub selection: Selection,
+    /// `--hook-limit-ms`, ours: how long one call of a hook may take.
+    pub hook_limit: Duration,
+    /// `--report-hook-output`, ours: hosts are told what hooks write.
+    pub report_hook_output: bool,
 }
 
 impl Default for Options {
@@ -117,6 +127,8 @@ impl Default for Options {
             reported_version: REPORTED_VERSION.to_owned(),
             compat_lease: Duration::from_millis(LEASE_MS_MAX),
             selection: Selection::default(),
+            hook_limit: hooks::LIMIT_DEFAULT,
+            report_hook_output: false,
         }
     }
 }
@@ -160,7 +172,13 @@ impl Options {
             self.reported_version = version;
         }
         if let Some(lease) = ours("compat-lease-ms")? {
-            self.compat_lease = lease_ms(&lease)?;
+            self.compat_lease = milliseconds(&lease, LEASE_MS_MAX)?;
+        }
+        if let Some(limit) = ours("hook-limit-ms")? {
+            self.hook_limit = milliseconds(&limit, hooks::LIMIT_MS_MAX)?;
+        }
+        if let Some(report) = file.boolean(OURS, "report-hook-output")? {
+            self.report_hook_output = report;
         }
         self.selection.include(&ours("freeze-include")?.unwrap_or_default())?;
         self.selection.exclude(&ours("freeze-exclude")?.unwrap_or_default())
@@ -175,7 +193,7 @@ impl Options {
             Flag::Path => self.path = Some(value.into()),
             Flag::Logfile => self.logfile = Some(value.into()),
             Flag::Pidfile => self.pidfile = value.into(),
-            Flag::FsfreezeHook if value.is_empty() => self.hook = Some(HOOK.into()),
+            Flag::FsfreezeHook if value.is_empty() => self.hook = Some(hooks::DEFAULT_PATH.into()),
             Flag::FsfreezeHook => self.hook = Some(value.into()),
             Flag::Statedir => self.statedir = value.into(),
             Flag::Verbose => self.verbose = true,
@@ -184,7 +202,9 @@ impl Options {
             Flag::BlockRpcs => self.blocked.extend(commands(&text(&value))),
             Flag::AllowRpcs => self.allowed.extend(commands(&text(&value))),
             Flag::ReportVersion => self.reported_version = text(&value),
-            Flag::CompatLeaseMs => self.compat_lease = lease_ms(&text(&value))?,
+            Flag::CompatLeaseMs => self.compat_lease = milliseconds(&text(&value), LEASE_MS_MAX)?,
+            Flag::HookLimitMs => self.hook_limit = milliseconds(&text(&value), hooks::LIMIT_MS_MAX)?,
+            Flag::ReportHookOutput => self.report_hook_output = true,
             Flag::FreezeInclude => self.selection.include(&text(&value))?,
             Flag::FreezeExclude => self.selection.exclude(&text(&value))?,
             Flag::Config | Flag::DumpConf | Flag::Help | Flag::Version => {}
@@ -215,9 +235,9 @@ fn commands(list: &str) -> impl Iterator<Item = String> {
     list.rsplit(',').filter(|name| !name.is_empty()).map(str::to_owned)
 }
 
-fn lease_ms(text: &str) -> Result<Duration, String> {
-    let lease_ms = text.trim_ascii_end().parse().ok().filter(|ms| (1..=LEASE_MS_MAX).contains(ms));
-    lease_ms
+fn milliseconds(text: &str, most: u64) -> Result<Duration, String> {
+    let number = text.trim_ascii_end().parse().ok().filter(|ms| (1..=most).contains(ms));
+    number
         .map(Duration::from_millis)
-        .ok_or_else(|| format!("'{text}' is no number of milliseconds up to {LEASE_MS_MAX}"))
+        .ok_or_else(|| format!("'{text}' is no number of milliseconds up to {most}"))
 }

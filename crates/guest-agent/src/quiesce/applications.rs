@@ -28,8 +28,11 @@ pub struct Applications {
     /// `None` when it could not be copied, or nothing needs it.
     program: Option<Program>,
     reasons: Vec<Reason>,
-    /// Policies `required` that no instance answers to.
-    missing: Vec<Reason>,
+    /// Policies `required` that no instance answers to, with what to say of each.
+    missing: Vec<(ApplicationPolicy, Reason)>,
+    policies: Vec<ApplicationPolicy>,
+    /// Kinds and instances that a hook says it quiesced.
+    attested: Vec<(String, String)>,
     abort: Arc<AtomicBool>,
 }
 
@@ -69,7 +72,14 @@ impl Applications {
                 None
             }
         };
-        Self { instances, program, reasons, missing, abort: Arc::default() }
+        let policies = policies.to_vec();
+        Self { instances, program, reasons, missing, policies, attested: Vec::new(), abort: Arc::default() }
+    }
+
+    /// Takes a hook's word that it quiesced an application, and answers the policy that holds for it.
+    pub fn attest(&mut self, kind: &str, instance: &str) -> Policy {
+        self.attested.push((kind.to_owned(), instance.to_owned()));
+        policy_of(&self.policies, kind, instance)
     }
 
     /// Ends the running phase early when set by another thread: what is not done counts as failed (`aborted`).
@@ -110,7 +120,7 @@ impl Applications {
     /// What concerns no single application: too many of them, an unreadable `/proc`, `required` ones not found.
     #[must_use]
     pub fn reasons(&self) -> Vec<Reason> {
-        self.reasons.iter().chain(&self.missing).cloned().collect()
+        self.reasons.iter().chain(self.missing()).cloned().collect()
     }
 
     /// The smallest freeze budget of the applications found, in milliseconds.
@@ -124,8 +134,30 @@ impl Applications {
     /// resumed) it was not held.
     #[must_use]
     pub fn required_failure(&self) -> Option<Reason> {
-        let mut required = self.instances.iter().filter(|one| one.report.policy == Policy::Required);
-        self.missing.first().cloned().or_else(|| required.find_map(Instance::failure))
+        let attested = |one: &Instance| {
+            let is_it = |(kind, instance): &(String, String)| {
+                *kind == one.report.kind && *instance == one.report.instance
+            };
+            self.attested.iter().any(is_it)
+        };
+        let mut required = self
+            .instances
+            .iter()
+            .filter(|one| one.report.policy == Policy::Required && (one.report.quiesced || !attested(one)));
+        let missing = self.missing().next().cloned();
+        missing.or_else(|| required.find_map(Instance::failure))
+    }
+
+    /// What was required and neither found nor attested.
+    fn missing(&self) -> impl Iterator<Item = &Reason> {
+        let answers = |policy: &ApplicationPolicy, (kind, instance): &(String, String)| {
+            *kind == policy.kind && policy.instance.as_ref().is_none_or(|named| named == instance)
+        };
+        let unanswered = self
+            .missing
+            .iter()
+            .filter(move |(policy, _)| !self.attested.iter().any(|one| answers(policy, one)));
+        unanswered.map(|(_, reason)| reason)
     }
 
     /// The processes of the applications found and of our workers, so that they are not unknown writers.
@@ -189,7 +221,7 @@ fn policy_of(policies: &[ApplicationPolicy], kind: &str, instance: &str) -> Poli
 }
 
 /// Policies `required` that nothing on the machine answers to.
-fn missing(policies: &[ApplicationPolicy], instances: &[Instance]) -> Vec<Reason> {
+fn missing(policies: &[ApplicationPolicy], instances: &[Instance]) -> Vec<(ApplicationPolicy, Reason)> {
     let answers = |policy: &ApplicationPolicy, report: &ApplicationReport| {
         report.kind == policy.kind && policy.instance.as_ref().is_none_or(|named| *named == report.instance)
     };
@@ -197,7 +229,7 @@ fn missing(policies: &[ApplicationPolicy], instances: &[Instance]) -> Vec<Reason
     let unanswered = required.filter(|policy| !instances.iter().any(|one| answers(policy, &one.report)));
     let reason = |policy: &ApplicationPolicy| {
         let subject = format!("{} {}", policy.kind, policy.instance.as_deref().unwrap_or("(any)"));
-        Reason::new("not_found", subject, "required, but no such application runs here")
+        (policy.clone(), Reason::new("not_found", subject, "required, but no such application runs here"))
     };
     unanswered.map(reason).collect()
 }

@@ -14,3 +14,4 @@ mod root;
 pub mod worker;
 
 pub use applications::Applications;
+pub(crate) use process::members_of_session;

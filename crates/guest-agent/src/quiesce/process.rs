@@ -98,6 +98,16 @@ pub(super) fn parents() -> io::Result<Vec<(u32, u32)>> {
     Ok(all_pids()?.into_iter().filter_map(parent).collect())
 }
 
+/// When each process of a session started, in nanoseconds since boot.
+pub(crate) fn members_of_session(session: u32) -> Vec<u64> {
+    // Source: `proc_pid_stat(5)`: in clock ticks, of which user space is always shown 100 a second on Linux.
+    const TICK_NS: u64 = 10_000_000;
+    let stat = |pid: u32| parse_stat(&std::fs::read(format!("/proc/{pid}/stat")).ok()?);
+    let all = all_pids().unwrap_or_default();
+    let members = all.into_iter().filter_map(stat).filter(|stat| stat.session == session);
+    members.map(|stat| stat.start_ticks.saturating_mul(TICK_NS)).collect()
+}
+
 /// Reads a regular (or `/proc`) file below a folder, not following a symbolic link at its end.
 /// # Errors
 /// As opening and reading it; `InvalidData` when it is longer than `bytes_max`.
@@ -113,6 +123,7 @@ pub(super) fn read_below(folder: impl AsFd, path: &Path, bytes_max: u64) -> io::
 struct Stat {
     state: u8,
     parent: u32,
+    session: u32,
     start_ticks: u64,
 }
 
@@ -128,6 +139,7 @@ fn parse_stat(text: &[u8]) -> Option<Stat> {
     Some(Stat {
         state: *fields.first()?.as_bytes().first()?,
         parent: fields.get(1)?.parse().ok()?,
+        session: fields.get(3)?.parse().ok()?,
         start_ticks: fields.get(19)?.parse().ok()?,
     })
 }

@@ -1,11 +1,11 @@
 //! The rehearsal: everything but locks and freeze.
 
-use super::Refusal;
 use super::evidence::{boot_id, ms};
 use super::survey::{state_stays_writable, survey};
+use super::{Refusal, Settings};
 use crate::freeze::developer::is_developers_machine;
 use crate::freeze::gather::read_bounded;
-use crate::freeze::selection::Selection;
+use crate::hooks;
 use crate::quiesce::Applications;
 use guest_protocol::stillpoint::{CheckArguments, CheckReport, FilesystemState, Reason, Want};
 use std::collections::BTreeMap;
@@ -29,18 +29,24 @@ const WITHOUT_FREEZE: &[&str] = &[
 ];
 
 /// Looks, rehearses and predicts.
-pub(super) fn check(
-    arguments: &CheckArguments,
-    statedir: &Path,
-    selection: &Selection,
-) -> Result<CheckReport, Refusal> {
-    let surveyed = survey(None, selection)?;
+pub(super) fn check(arguments: &CheckArguments, settings: &Settings) -> Result<CheckReport, Refusal> {
+    let statedir = settings.statedir.as_path();
+    let surveyed = survey(None, &settings.selection)?;
     let mut evidence = surveyed.evidence("", 0);
     if let Err(refusal) = state_stays_writable(statedir, &surveyed) {
         evidence.reason(Reason::new(refusal.code, statedir.to_string_lossy(), refusal.message));
     }
     if is_developers_machine() {
         evidence.reason(Reason::new("developers_machine", "", "this program will freeze nothing here"));
+    }
+    let mut called = Vec::new();
+    if let Some(hooks) = settings.hooks.as_ref().filter(|_| arguments.want == Want::Application) {
+        match hooks::find(&hooks.path) {
+            Ok(found) => called = found.iter().map(|hook| hook.to_string_lossy().into_owned()).collect(),
+            Err(failure) => {
+                evidence.reason(Reason::new(failure.code, hooks.path.to_string_lossy(), failure.message));
+            }
+        }
     }
     let mut applications = Applications::discover(&arguments.applications, Instant::now() + APPLICATIONS_MAX);
     if arguments.want == Want::Application {
@@ -68,6 +74,7 @@ pub(super) fn check(
         predicted_freeze_ms: ms(predicted),
         filesystems: evidence.report.filesystems,
         applications: evidence.report.applications,
+        hooks: called,
         uncovered: evidence.report.uncovered,
         reasons: evidence.report.reasons,
     })

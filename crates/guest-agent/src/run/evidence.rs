@@ -4,10 +4,13 @@ use crate::freeze::facts::View;
 use crate::freeze::gather::read_bounded;
 use crate::freeze::ledger::{Freeze, Ledger, Phase, Thaw};
 use crate::freeze::plan::{Place, Plan};
+use crate::hooks::{Claim, Hooks};
 use crate::quiesce::Applications;
 use guest_protocol::stillpoint::{
-    FILESYSTEMS_MAX, FilesystemReport, FilesystemState, GuestReport, Reason, TEXT_BYTES_MAX, ThawCause,
+    APPLICATIONS_MAX, ApplicationReport, FILESYSTEMS_MAX, FilesystemReport, FilesystemState, GuestReport,
+    Reason, TEXT_BYTES_MAX, ThawCause,
 };
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -114,6 +117,47 @@ impl Evidence {
         for reason in applications.reasons() {
             self.reason(reason);
         }
+    }
+
+    /// What hooks did, and what they said that they quiesced: after `applications`, since a module's word goes before a
+    /// hook's.
+    pub(super) fn hooks(&mut self, hooks: &Hooks) {
+        self.report.hooks = hooks.reports().to_vec();
+        for reason in hooks.reasons() {
+            self.reason(reason.clone());
+        }
+        for claim in hooks.claims() {
+            self.claim(claim, hooks.kept(claim));
+        }
+    }
+
+    fn claim(&mut self, claim: &Claim, kept: bool) {
+        let instance = bounded(claim.instance.to_string_lossy().into_owned());
+        let all = &mut self.report.applications;
+        let known = all.iter().position(|report| report.kind == claim.kind && report.instance == instance);
+        let at = known.unwrap_or(all.len());
+        if at == APPLICATIONS_MAX {
+            let message = format!("{APPLICATIONS_MAX} are reported, and {} said more", claim.hook);
+            return self.reason(Reason::new("too_many_applications", "applications", message));
+        }
+        if at == all.len() {
+            let (kind, policy) = (claim.kind.clone(), claim.policy);
+            all.push(ApplicationReport { kind, instance, policy, ..ApplicationReport::default() });
+        }
+        let report = &mut all[at];
+        if report.quiesced {
+            // Its own module vouches for it.
+            return;
+        }
+        report.quiesced = true;
+        report.held = kept;
+        report.locked = claim.locked;
+        report.position =
+            claim.position.as_deref().map(|text| bounded(text.to_owned())).or(report.position.take());
+        report.attested_by = Some(bounded(claim.hook.clone()));
+        let mut numbers: BTreeSet<String> = report.device_numbers.drain(..).collect();
+        numbers.extend(claim.device_numbers.iter().cloned());
+        report.device_numbers = numbers.into_iter().collect();
     }
 
     /// The times of the freeze as a whole, as far as they are known.

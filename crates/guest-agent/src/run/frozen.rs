@@ -2,7 +2,7 @@
 
 use super::Refusal;
 use super::evidence::{ms, thaw_cause};
-use super::walk::{RESUME_MAX, Run, Stopped, aborted, expect_within};
+use super::walk::{Run, Stopped, aborted, expect_within};
 use crate::freeze::counters::{Counters, counters};
 use crate::freeze::grace::{self, ShortGrace};
 use crate::freeze::guard::Heard;
@@ -178,10 +178,7 @@ impl Frozen {
     fn finish(mut self, refusal: Option<Refusal>) -> Box<Stopped> {
         let Some(mut run) = self.run.take() else { unreachable!("finished once") };
         let cause = run.ledger.phase();
-        expect_within(&run.ledger, RESUME_MAX);
-        run.applications.resume(Instant::now() + RESUME_MAX);
-        run.guard.end();
-        run.evidence.applications(&run.applications);
+        run.resume();
         run.evidence.times(&run.ledger);
         let unfrozen = (0..run.held.len()).any(|at| run.ledger.frozen(at) == Freeze::Unsupported);
         // Nobody asks for the proof of a run that failed.

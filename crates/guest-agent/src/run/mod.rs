@@ -13,6 +13,7 @@ mod walk;
 use crate::freeze::kernel::boottime_ns;
 use crate::freeze::ledger::Phase;
 use crate::freeze::selection::Selection;
+use crate::hooks;
 use crate::log;
 use frozen::thawed_count;
 use guest_protocol::stillpoint::{
@@ -36,6 +37,8 @@ const QUIESCE_MAX: Duration = Duration::from_secs(300);
 /// Longest time that a stopping agent waits for the thaw. What takes longer waits in the kernel for a FIFREEZE, and
 /// the guard sees to it.
 const STOP_MAX: Duration = Duration::from_secs(20);
+/// The same where hooks are owed their call after the thaw. systemd's own patience is 90 s.
+const STOP_WITH_HOOKS_MAX: Duration = Duration::from_secs(80);
 
 /// What the command line decides about runs.
 #[derive(Clone, Debug)]
@@ -49,7 +52,7 @@ pub struct Settings {
     /// What is frozen, of all that could be.
     pub selection: Selection,
     /// QEMU's freeze hook (`-F`), if any.
-    pub hook: Option<PathBuf>,
+    pub hooks: Option<hooks::Settings>,
 }
 
 impl Default for Settings {
@@ -59,7 +62,7 @@ impl Default for Settings {
             compat_lease: Duration::from_secs(300),
             compat_quiesce: Duration::from_secs(10),
             selection: Selection::default(),
-            hook: None,
+            hooks: None,
         }
     }
 }
@@ -103,7 +106,9 @@ impl Runs {
     pub fn new(settings: Settings) -> io::Result<Runs> {
         let shared = Arc::new(Shared::new()?);
         let records = Records::new(&settings.statedir);
-        if !undo::take_up(&shared, &records) && records.is_marked() {
+        // What an agent before this one still had to tell.
+        shared.lock().ended = records.ended();
+        if !undo::take_up(&shared, &records, settings.hooks.as_ref()) && records.is_marked() {
             // A stock qemu-ga died frozen. Like it, wait for the host's thaw: only the host knows.
             shared.lock().foreign = true;
             shared.set_frozen(true);
@@ -121,11 +126,9 @@ impl Runs {
         if self.shared.is_frozen() {
             return self.shared.finish(ticket, Err(busy("a rehearsal cannot run while the guest is frozen")));
         }
-        let (statedir, selection) = (self.settings.statedir.clone(), self.settings.selection.clone());
+        let settings = self.settings.clone();
         self.spawn(ticket, move |owed| {
-            owed.answer(
-                check::check(&args, &statedir, &selection).map(|report| Outcome::Checked(Box::new(report))),
-            );
+            owed.answer(check::check(&args, &settings).map(|report| Outcome::Checked(Box::new(report))));
         });
     }
 
@@ -179,10 +182,11 @@ impl Runs {
         if !self.shared.begin(&order.id) {
             return self.shared.finish(ticket, Err(busy("another run holds the guest")));
         }
+        Records::new(&self.settings.statedir).forget_ended();
         let shared = Arc::clone(&self.shared);
-        let statedir = self.settings.statedir.clone();
-        if !self.spawn(ticket, move |owed| carry_out(&shared, order, &statedir, owed)) {
-            self.shared.end(None, 0, None);
+        let settings = self.settings.clone();
+        if !self.spawn(ticket, move |owed| carry_out(&shared, order, &settings, owed)) {
+            let _told = self.shared.end(None, 0, None); // nothing to be told
         }
     }
 
@@ -240,6 +244,9 @@ impl Runs {
         if inner.state == State::Thawed {
             let ended = inner.ended.take();
             drop(inner);
+            if ended.is_some() {
+                Records::new(&self.settings.statedir).forget_ended();
+            }
             let outcome =
                 ended.map_or(Ok(Outcome::Count(0)), |message| Err(Refusal { code: "lease_ended", message }));
             return self.shared.finish(ticket, outcome);
@@ -255,10 +262,12 @@ impl Runs {
     fn thaw_foreign(&self, ticket: u64) {
         let shared = Arc::clone(&self.shared);
         let records = Records::new(&self.settings.statedir);
+        let hooks = self.settings.hooks.clone();
         self.spawn(ticket, move |owed| {
             let thawed = undo::thaw_foreign();
             records.unmark();
             shared.set_frozen(false);
+            undo::thaw_foreign_hooks(hooks.as_ref(), &shared);
             owed.answer(Ok(Outcome::Count(thawed)));
         });
     }
@@ -288,15 +297,17 @@ impl Runs {
 
     /// Thaws whatever is held and returns when that is done: the program is about to end.
     pub fn thaw_now(&mut self) {
-        {
+        let owes_hooks = {
             let mut inner = self.shared.lock();
             if inner.state == State::Thawed {
                 return;
             }
             self.shared.stop(&mut inner, Phase::AgentGone);
-        }
-        // If it is not done by then, a FITHAW waits in the kernel; the guard waits with it.
-        let _thawed = self.shared.wait_thawed(STOP_MAX);
+            inner.ledger.as_ref().is_some_and(|ledger| ledger.hooks_owed() > 0)
+        };
+        // If it is not done by then, a FITHAW waits in the kernel, and the guard waits with it; or a hook hangs, and the
+        // record says to the next agent what is owed.
+        let _thawed = self.shared.wait_thawed(if owes_hooks { STOP_WITH_HOOKS_MAX } else { STOP_MAX });
     }
 }
 
@@ -307,11 +318,11 @@ impl Drop for Runs {
 }
 
 /// A run from its first step to its last, in its own thread.
-fn carry_out(shared: &Arc<Shared>, order: Order, statedir: &std::path::Path, owed: Owed) {
+fn carry_out(shared: &Arc<Shared>, order: Order, settings: &Settings, owed: Owed) {
     // However this thread ends, the main loop must not believe for ever that a run holds the guest.
-    let ending = Ending { shared, done: false };
+    let ending = Ending { shared, records: Records::new(&settings.statedir), done: false };
     let (id, plain, lease_ms) = (order.id.clone(), order.plain, order.lease_ms);
-    let frozen = Prepared::prepare(shared, order, statedir)
+    let frozen = Prepared::prepare(shared, order, settings)
         .and_then(Prepared::quiesce)
         .and_then(walk::Quiesced::freeze);
     let mut frozen = match frozen {
@@ -369,6 +380,7 @@ impl Drop for Owed {
 /// Ends the run for the main loop, on a panic too.
 struct Ending<'s> {
     shared: &'s Arc<Shared>,
+    records: Records,
     done: bool,
 }
 
@@ -379,11 +391,20 @@ impl Ending<'_> {
         // Only a freeze that the host believes to hold is worth an error at its thaw.
         let unasked = matches!(stopped.cause, Phase::LeaseEnded | Phase::GuardGone)
             && stopped.report.frozen_at_ms.is_some();
-        let ended = (plain && unasked).then(|| ended_message(&stopped.report));
+        let ended = (plain && unasked).then(|| {
+            let why = format!("the lease of {} ms ended or its guard died", stopped.report.lease_ms);
+            ended_message(&stopped.report, &why)
+        });
+        if let Some(message) = &ended {
+            // An agent that dies before the host asks must not leave it in the belief that nothing happened.
+            self.records.note_ended(message);
+        }
         if unasked {
             log!(Error, "run {id}: thawed without the host ({:?})", stopped.cause);
         }
-        self.shared.end(Some(stopped.report), thawed, ended);
+        if self.shared.end(Some(stopped.report), thawed, ended) {
+            self.records.forget_ended();
+        }
     }
 }
 
@@ -391,20 +412,23 @@ impl Drop for Ending<'_> {
     fn drop(&mut self) {
         if !self.done {
             self.shared.set_frozen(false);
-            self.shared.end(None, 0, None);
+            let _told = self.shared.end(None, 0, None); // nothing to be told
         }
     }
 }
 
-fn ended_message(report: &GuestReport) -> String {
-    let at = report.frozen_at_ms.unwrap_or(0).saturating_add(report.frozen_ms);
+/// What the first plain thaw after a freeze that ended by itself is told.
+fn ended_message(report: &GuestReport, why: &str) -> String {
+    let Some(frozen_at_ms) = report.frozen_at_ms else {
+        return format!("the guest was not frozen: {why}; a snapshot taken since is not of a frozen guest");
+    };
+    let at = frozen_at_ms.saturating_add(report.frozen_ms);
     format!(
         "the guest was frozen no longer: it thawed by itself {} ms after the freeze (at {}.{:03} s since 1970), \
-         because the lease of {} ms ended or its guard died; a snapshot taken later is not of a frozen guest",
+         because {why}; a snapshot taken later is not of a frozen guest",
         report.frozen_ms,
         at / 1000,
         at % 1000,
-        report.lease_ms
     )
 }
 

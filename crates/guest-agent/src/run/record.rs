@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 
 /// Most bytes of a record that are read back.
 const RECORD_BYTES_MAX: u64 = 16 << 20;
+/// Most bytes of a message that is read back.
+const ENDED_BYTES_MAX: u64 = 4 << 10;
 
 /// What a restarted agent needs to know.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -27,6 +29,9 @@ pub(super) struct Record {
     pub(super) lease_ms: u64,
     /// In the order of the ledger.
     pub(super) filesystems: Vec<Recorded>,
+    /// The hooks, in the order of the freeze; the ledger says how many are owed their thaw.
+    #[serde(default)]
+    pub(super) hooks: Vec<PathBuf>,
 }
 
 /// One superblock.
@@ -79,6 +84,11 @@ impl Records {
         self.folder.join("qga.state.isfrozen")
     }
 
+    /// What a host must be told of a freeze that ended by itself, kept in case the agent dies before.
+    fn ended_path(&self) -> PathBuf {
+        self.folder.join("freeze-ended")
+    }
+
     /// Writes a new record. The ledger comes last: without it nothing was frozen.
     pub(super) fn create(&self, record: &Record) -> io::Result<(Ledger, Written)> {
         let written = Written { records: self.clone() };
@@ -120,6 +130,25 @@ impl Records {
             // Gone already is as good.
             let _removed = fs::remove_file(path).is_ok();
         }
+    }
+
+    /// Keeps what the next plain thaw must be told.
+    pub(super) fn note_ended(&self, message: &str) {
+        // This agent tells it all the same; it is lost only if the agent dies as well.
+        let file =
+            File::options().write(true).create(true).truncate(true).mode(0o600).open(self.ended_path());
+        let _written = file.and_then(|mut file| file.write_all(message.as_bytes())).is_ok();
+    }
+
+    /// What an agent before this one had to tell.
+    pub(super) fn ended(&self) -> Option<String> {
+        let bytes = crate::freeze::gather::read_bounded(&self.ended_path(), ENDED_BYTES_MAX).ok()?;
+        String::from_utf8(bytes).ok().filter(|message| !message.is_empty())
+    }
+
+    /// It was told, or a new freeze makes it pointless.
+    pub(super) fn forget_ended(&self) {
+        let _removed = fs::remove_file(self.ended_path()).is_ok(); // mostly there is none
     }
 
     /// Sets qemu-ga's mark.

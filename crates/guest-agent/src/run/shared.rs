@@ -3,6 +3,7 @@
 use super::{Outcome, Refusal};
 use crate::freeze::guard::Bell;
 use crate::freeze::ledger::{Ledger, Phase};
+use crate::hooks::Leftovers;
 use guest_protocol::stillpoint::{GuestReport, State};
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
@@ -44,6 +45,7 @@ pub(super) struct Shared {
     inner: Mutex<Inner>,
     changed: Condvar,
     notifier: OwnedFd,
+    leftovers: Arc<Leftovers>,
     wake: OwnedFd,
     frozen: AtomicBool,
     stopped: AtomicBool,
@@ -52,10 +54,13 @@ pub(super) struct Shared {
 impl Shared {
     pub(super) fn new() -> io::Result<Self> {
         let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let notifier = bell()?;
+        let leftovers = Arc::new(Leftovers::beside(&notifier)?);
         Ok(Self {
             inner: Mutex::default(),
             changed: Condvar::new(),
-            notifier: bell()?,
+            notifier,
+            leftovers,
             wake: bell()?,
             frozen: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
@@ -68,7 +73,12 @@ impl Shared {
     }
 
     pub(super) fn notifier(&self) -> BorrowedFd<'_> {
-        self.notifier.as_fd()
+        self.leftovers.bell()
+    }
+
+    /// Where hooks leave the output of their children.
+    pub(super) fn leftovers(&self) -> &Arc<Leftovers> {
+        &self.leftovers
     }
 
     /// For the run's thread: readable when it is to look at `stop`.
@@ -126,14 +136,15 @@ impl Shared {
         true
     }
 
-    /// Ends the run: keeps its report and answers whoever waits for a thaw.
-    pub(super) fn end(&self, report: Option<GuestReport>, thawed: i64, ended: Option<String>) {
+    /// Ends the run: keeps its report and answers whoever waits for a thaw. True if `ended` was told to someone; otherwise the
+    /// next plain thaw will be.
+    pub(super) fn end(&self, report: Option<GuestReport>, thawed: i64, ended: Option<String>) -> bool {
         let mut inner = self.lock();
         if report.is_some() {
             inner.last = report;
         }
         let thaws = std::mem::take(&mut inner.thaws);
-        let told = !thaws.is_empty();
+        let told = thaws.iter().any(|thaw| thaw.plain);
         for thaw in thaws {
             let outcome = if thaw.plain {
                 match &ended {
@@ -151,6 +162,7 @@ impl Shared {
         drop(inner);
         self.changed.notify_all();
         ring(&self.notifier);
+        told
     }
 
     pub(super) fn finish(&self, ticket: u64, outcome: Result<Outcome, Refusal>) {
@@ -169,6 +181,9 @@ impl Shared {
 
     pub(super) fn take_finished(&self) -> Vec<(u64, Result<Outcome, Refusal>)> {
         drain(&self.notifier);
+        if self.leftovers.drop_some() {
+            ring(&self.notifier);
+        }
         std::mem::take(&mut self.lock().finished)
     }
 

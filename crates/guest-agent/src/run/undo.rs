@@ -1,6 +1,7 @@
 //! Undoes what a dead agent left frozen: exactly what its record says.
 
-use super::evidence::{Evidence, boot_id};
+use super::ended_message;
+use super::evidence::{Evidence, boot_id, ms};
 use super::frozen::thawed_count;
 use super::record::{Record, Records};
 use super::shared::Shared;
@@ -8,16 +9,17 @@ use crate::freeze::facts::View;
 use crate::freeze::gather::Gatherer;
 use crate::freeze::grace;
 use crate::freeze::kernel::boottime_ns;
-use crate::freeze::ledger::{Ledger, Phase, Thaw};
+use crate::freeze::ledger::{Freeze, Ledger, Phase, Thaw};
 use crate::freeze::plan::{Plan, Superblock, plan};
 use crate::freeze::reach::{mount_devices, reach};
+use crate::hooks::{self, Hooks};
 use crate::log;
-use guest_protocol::stillpoint::{GuestReport, Reason, State, ThawCause};
+use guest_protocol::stillpoint::{Reason, State, ThawCause};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How often a guard that still lives is looked at.
 const LOOK: Duration = Duration::from_millis(5);
@@ -27,7 +29,7 @@ const GUARD_TRUSTED_NS: u64 = 500_000_000;
 const GUARD_END_MAX: Duration = Duration::from_secs(2);
 
 /// Begins to undo what is left, in a thread. Answers whether there was anything.
-pub(super) fn take_up(shared: &Arc<Shared>, records: &Records) -> bool {
+pub(super) fn take_up(shared: &Arc<Shared>, records: &Records, settings: Option<&hooks::Settings>) -> bool {
     let Some((record, ledger)) = records.left() else {
         // A record that was never completed: nothing was frozen under it.
         records.remove();
@@ -43,36 +45,46 @@ pub(super) fn take_up(shared: &Arc<Shared>, records: &Records) -> bool {
     shared.begin(&record.id);
     shared.lock().state = State::Thawing;
     shared.set_frozen(true);
-    let (shared, records) = (Arc::clone(shared), records.clone());
+    let (shared, records, settings) = (Arc::clone(shared), records.clone(), settings.cloned());
     let undo = {
         let shared = Arc::clone(&shared);
         let records = records.clone();
         move || {
-            let report = undo(&record, &Arc::new(ledger));
+            let ledger = Arc::new(ledger);
+            let mut evidence = undo(&record, &ledger);
             shared.set_frozen(false);
             records.unmark();
-            records.remove();
-            log!(
-                Warning,
-                "thawed {} file systems that an agent before this one left frozen",
-                thawed_count(&report)
-            );
+            // After the last FITHAW, and before the record goes: what is owed still after another death is owed on.
+            let paths = record.hooks.clone();
+            let mut hooks = Hooks::left(paths, settings.as_ref(), &record.id, &ledger, shared.leftovers());
+            hooks.thaw();
+            evidence.hooks(&hooks);
+            let report = evidence.report;
             let thawed = thawed_count(&report);
-            let ended =
-                record.plain.then(|| "the freeze was undone because the agent was restarted".to_owned());
-            shared.end(Some(report), thawed, ended);
+            log!(Warning, "thawed {thawed} file systems that an agent before this one left frozen");
+            let ended = record.plain.then(|| {
+                let why = "the agent died during the freeze, and the next one undid it";
+                ended_message(&report, why)
+            });
+            if let Some(message) = &ended {
+                records.note_ended(message);
+            }
+            records.remove();
+            if shared.end(Some(report), thawed, ended) {
+                records.forget_ended();
+            }
         }
     };
     if thread::Builder::new().name("undo".to_owned()).spawn(undo).is_err() {
         // Without a thread nothing can be undone now; the record stays for the next agent.
         log!(Critical, "no thread to thaw what an agent before this one left frozen");
         shared.set_frozen(false);
-        shared.end(None, 0, None);
+        let _told = shared.end(None, 0, None); // nothing to be told
     }
     true
 }
 
-fn undo(record: &Record, ledger: &Arc<Ledger>) -> GuestReport {
+fn undo(record: &Record, ledger: &Arc<Ledger>) -> Evidence {
     // A guard that outlived its agent is at it, and holds the lock until it is done.
     let patience = Instant::now() + GUARD_END_MAX;
     while Records::is_held(ledger) {
@@ -126,7 +138,7 @@ fn report(
     ledger: &Ledger,
     superblocks: Vec<Option<Superblock>>,
     lost: Vec<(String, String)>,
-) -> GuestReport {
+) -> Evidence {
     let plan = Plan { superblocks: superblocks.into_iter().flatten().collect(), ..Plan::default() };
     let mut evidence = Evidence::new(&record.id, record.lease_ms, &plan);
     for (at, recorded) in record.filesystems.iter().enumerate() {
@@ -134,6 +146,7 @@ fn report(
         evidence.filesystem(at, ledger, at, false);
     }
     evidence.times(ledger);
+    evidence.report.frozen_at_ms = frozen_at_ms(ledger);
     evidence.report.thawed_by = match ledger.phase() {
         _ if ledger.frozen_count() == 0 => ThawCause::NothingFrozen,
         Phase::LeaseEnded => ThawCause::LeaseEnded,
@@ -148,7 +161,30 @@ fn report(
     for (name, failure) in lost {
         evidence.reason(Reason::new("undo_failed", name, failure));
     }
-    evidence.report
+    evidence
+}
+
+/// After that: a stock agent had called its hook before its freeze, and nobody else will call it after the thaw.
+pub(super) fn thaw_foreign_hooks(settings: Option<&hooks::Settings>, shared: &Shared) {
+    let Some(settings) = settings else { return };
+    let owed = hooks::find(&settings.path).map_err(|failure| failure.message).and_then(|paths| {
+        let ledger = Ledger::of_hooks_alone().map_err(|error| error.to_string())?;
+        ledger.owe_hooks(paths.len());
+        Ok(Hooks::left(paths, Some(settings), "", &Arc::new(ledger), shared.leftovers()))
+    });
+    match owed {
+        Ok(mut hooks) => hooks.thaw(),
+        Err(why) => log!(Error, "no hook is called after the thaw: {why}"),
+    }
+}
+
+/// When the last FIFREEZE returned, by the wall clock of today.
+fn frozen_at_ms(ledger: &Ledger) -> Option<u64> {
+    let frozen = (0..ledger.count()).filter(|at| ledger.frozen(*at) == Freeze::Frozen);
+    let done_ns = frozen.map(|at| ledger.times_ns(at)[1]).max()?;
+    let ago = Duration::from_nanos(boottime_ns().saturating_sub(done_ns));
+    let then = SystemTime::now().checked_sub(ago)?.duration_since(UNIX_EPOCH).ok()?;
+    Some(ms(then))
 }
 
 /// Thaws everything once, whoever froze it: what a plain thaw does after a stock qemu-ga left its mark and died.

@@ -1,12 +1,12 @@
 //! The way of a run, as types: `Prepared::quiesce` → `Quiesced::freeze` → `Frozen::thaw`. The wrong order does not
 //! compile, and a run that stops anywhere leaves nothing frozen and nothing locked.
 
-use super::Refusal;
 use super::evidence::{Evidence, ms};
 use super::frozen::Frozen;
 use super::record::{Record, Recorded, Records, Written};
 use super::shared::Shared;
 use super::survey::{Surveyed, state_stays_writable, survey};
+use super::{Refusal, Settings};
 use crate::freeze::crew::Crew;
 use crate::freeze::developer::is_developers_machine;
 use crate::freeze::facts::View;
@@ -16,6 +16,7 @@ use crate::freeze::ledger::{Ledger, Phase};
 use crate::freeze::plan::Plan;
 use crate::freeze::selection::Selection;
 use crate::freeze::writers::writers;
+use crate::hooks::{self, Hooks};
 use crate::quiesce::Applications;
 use guest_protocol::stillpoint::{ApplicationPolicy, GuestReport, Reason, State, Want};
 use std::collections::{BTreeMap, BTreeSet};
@@ -38,7 +39,7 @@ const WRITERS_MAX: Duration = Duration::from_secs(2);
 /// agent: a guest that is short of everything is late by a second or two.
 const STEP_LATE_MAX: Duration = Duration::from_secs(5);
 /// Longest time for checking and resuming the applications.
-pub(super) const RESUME_MAX: Duration = Duration::from_secs(10);
+const RESUME_MAX: Duration = Duration::from_secs(10);
 
 /// What a run is to do.
 #[derive(Clone, Debug)]
@@ -77,6 +78,8 @@ pub(super) struct Held {
 pub(super) struct Run {
     pub(super) shared: Arc<Shared>,
     pub(super) order: Order,
+    /// Dropped before the record, which says what is owed to them.
+    pub(super) hooks: Hooks,
     /// Removed with the rest, after `Frozen` has thawed.
     pub(super) record: Written,
     pub(super) applications: Applications,
@@ -90,12 +93,35 @@ pub(super) struct Run {
 impl Run {
     /// Undoes a run that has frozen nothing (yet, or any more).
     pub(super) fn stopped(mut self, refusal: Refusal, cause: Phase) -> Box<Stopped> {
-        expect_within(&self.ledger, RESUME_MAX);
-        self.applications.resume(Instant::now() + RESUME_MAX);
-        self.guard.end();
-        self.evidence.applications(&self.applications);
+        self.resume();
         self.evidence.reason(Reason::new(refusal.code, "", refusal.message.clone()));
         Box::new(Stopped { refusal, report: self.evidence.report, cause })
+    }
+
+    /// Lets go of everything that was quiesced, the last first, and notes how that went. Nothing is frozen any more.
+    pub(super) fn resume(&mut self) {
+        // Another wait for a hook must not look like a hang.
+        expect_within(&self.ledger, RESUME_MAX + self.hooks.thaw_max());
+        self.applications.resume(Instant::now() + RESUME_MAX);
+        self.hooks.thaw();
+        self.guard.end();
+        self.evidence.applications(&self.applications);
+        self.evidence.hooks(&self.hooks);
+    }
+
+    /// Calls the hooks; what they quiesced counts for the policies.
+    fn call_hooks(&mut self, until: Instant) -> Result<(), (Refusal, Phase)> {
+        let shared = Arc::clone(&self.shared);
+        let is_stopped = || shared.is_stopped();
+        let stop = hooks::Stop { wake: shared.wake(), is_stopped: &is_stopped };
+        self.hooks.freeze(until, stop).map_err(|failure| match shared.lock().stop {
+            Some(why) => (aborted(why), why),
+            None => (failure.into(), Phase::Failed),
+        })?;
+        for claim in self.hooks.claims_mut() {
+            claim.policy = self.applications.attest(&claim.kind, &claim.instance.to_string_lossy());
+        }
+        Ok(())
     }
 
     /// Flushes in rounds until one is fast, they have settled, or another one would not end in time; answers how long each
@@ -156,7 +182,12 @@ pub(super) struct Prepared {
 
 impl Prepared {
     /// Finds applications and file systems, lets applications write out, starts the guard, flushes in rounds.
-    pub(super) fn prepare(shared: &Arc<Shared>, order: Order, statedir: &Path) -> Result<Self, Box<Stopped>> {
+    pub(super) fn prepare(
+        shared: &Arc<Shared>,
+        order: Order,
+        settings: &Settings,
+    ) -> Result<Self, Box<Stopped>> {
+        let statedir = settings.statedir.as_path();
         let begun = Instant::now();
         let deadline = begun + order.prepare;
         let early = |refusal: Refusal, cause| {
@@ -185,6 +216,12 @@ impl Prepared {
             return Err(failed(evidence, refusal));
         }
         let Surveyed { plan, mounts, reached } = surveyed;
+        // Where applications are to be left alone, so are those that hooks speak to.
+        let hook = settings.hooks.as_ref().filter(|_| order.want == Want::Application);
+        let hooks = match hook.map_or(Ok(Vec::new()), |hook| hooks::find(&hook.path)) {
+            Ok(hooks) => hooks,
+            Err(failure) => return Err(failed(evidence, failure.into())),
+        };
         let mut held = Vec::new();
         let mut folders = Vec::new();
         let mut recorded = Vec::new();
@@ -205,6 +242,7 @@ impl Prepared {
             boot_id: evidence.report.boot_id.clone(),
             lease_ms: order.lease_ms,
             filesystems: recorded,
+            hooks: hooks.clone(),
         };
         let (ledger, record) = match Records::new(statedir).create(&record) {
             Ok((ledger, written)) => (Arc::new(ledger), written),
@@ -214,6 +252,7 @@ impl Prepared {
             }
         };
         expect_within(&ledger, START_MAX + order.prepare + WRITERS_MAX);
+        let hooks = Hooks::new(hooks, hook, &order.id, &ledger, shared.leftovers());
         let machinery = || -> std::io::Result<(Crew, Guard)> {
             Ok((Crew::start(&folders, &ledger)?, Guard::start(&ledger, &folders)?))
         };
@@ -245,7 +284,7 @@ impl Prepared {
             evidence.reason(Reason::new("writers_incomplete", "/proc", "not every process was looked at"));
         }
         let shared = Arc::clone(shared);
-        let mut run = Run { shared, order, record, applications, evidence, held, ledger, crew, guard };
+        let mut run = Run { shared, order, hooks, record, applications, evidence, held, ledger, crew, guard };
         run.flush(FIRST_ROUND_FAST, deadline.max(Instant::now() + ROUND_FAST));
         run.evidence.report.prepare_ms = ms(begun.elapsed());
         match run.shared.enter(State::Quiescing) {
@@ -260,14 +299,21 @@ impl Prepared {
         let begun = Instant::now();
         let per_application = run.order.quiesce;
         let wanted = run.order.want == Want::Application;
+        // A host of ours waits no longer than it said; one that knows no phases has its hooks' own limits.
+        let for_hooks = if run.order.plain { run.hooks.freeze_max() } else { per_application };
         // The guard ends an agent that hangs with locks taken.
-        expect_within(&run.ledger, per_application + LAST_FLUSH_MAX);
+        expect_within(&run.ledger, for_hooks + per_application + LAST_FLUSH_MAX);
         if let Err(error) = run.guard.arm() {
             let refusal = Refusal { code: "guard_failed", message: error.to_string() };
             return Err(run.stopped(refusal, Phase::GuardGone));
         }
         if wanted {
-            run.applications.quiesce(per_application, begun + per_application);
+            // First: who knows how long they take, and what the modules hold stalls writers meanwhile.
+            if let Err((refusal, why)) = run.call_hooks(begun + for_hooks) {
+                run.evidence.report.quiesce_ms = ms(begun.elapsed());
+                return Err(run.stopped(refusal, why));
+            }
+            run.applications.quiesce(per_application, Instant::now() + per_application);
         }
         run.evidence.report.quiesce_ms = ms(begun.elapsed());
         if let Err(why) = run.shared.enter(State::Freezing) {
@@ -310,6 +356,12 @@ impl Quiesced {
             }
         }
         Frozen::begin(run, budget)
+    }
+}
+
+impl From<hooks::Failure> for Refusal {
+    fn from(failure: hooks::Failure) -> Self {
+        Refusal { code: failure.code, message: failure.message }
     }
 }
 

@@ -9,6 +9,8 @@
 
 mod client;
 mod contract;
+mod defects;
+mod hooks;
 mod outside;
 mod private_root;
 mod rescue;

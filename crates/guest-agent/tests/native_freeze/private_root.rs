@@ -6,6 +6,7 @@ use guest_agent::freeze::mountinfo;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
 use std::fs::{self, File};
 use std::io::{BufRead, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -166,6 +167,20 @@ impl Build {
             );
         }
         there
+    }
+
+    /// A hook in the folder of `-F`, with a shell to run it and `log` to call in it. What hooks log lies on a tmpfs.
+    pub(crate) fn hook(&self, name: &str, text: &str) {
+        for program in ["/bin/sh", "/bin/sleep", "/bin/cat", "/bin/dd"] {
+            if !self.path(program).exists() {
+                assert!(self.program(program), "{program}");
+            }
+        }
+        self.folder("etc/qemu/fsfreeze-hook.d");
+        let path = self.path("etc/qemu/fsfreeze-hook.d").join(name);
+        let log = "log() { echo \"$*\" >>/run/hooks.log; }";
+        fs::write(&path, format!("#!/bin/sh\n{log}\n{text}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     }
 
     /// A path as it is outside the new root, for what the scene does by hand.

@@ -1,6 +1,6 @@
 //! The scenes. The list of their names is what is promised.
 
-use super::client::{Inside, codes, filesystem, kill, until};
+use super::client::{Agent, Inside, codes, filesystem, kill, until};
 use super::private_root::Build;
 use guest_agent::freeze::kernel;
 use serde_json::json;
@@ -20,11 +20,11 @@ macro_rules! scenes {
         pub(crate) const SCENES: &[Scene] = &[$(Scene { name: stringify!($name), build: $build, play: $play }),+];
     };
 }
-
 pub(crate) use scenes;
 
+/// Those of all files.
 pub(crate) fn all() -> impl Iterator<Item = &'static Scene> {
-    SCENES.iter().chain(super::contract::SCENES)
+    SCENES.iter().chain(super::contract::SCENES).chain(super::hooks::SCENES).chain(super::defects::SCENES)
 }
 
 pub(crate) fn find(name: &str) -> &'static Scene {
@@ -34,7 +34,7 @@ pub(crate) fn find(name: &str) -> &'static Scene {
 /// Those that only `make test-long` runs: none.
 pub(crate) const LONG: &[&str] = &[];
 
-fn ext4(build: &mut Build) {
+pub(crate) fn ext4(build: &mut Build) {
     build.filesystem("ext4", "/data");
 }
 
@@ -479,31 +479,7 @@ scenes! {
     }, |inside| {
         let agent = inside.agent();
         agent.freeze("r", 30_000);
-        let pids = [agent.pid(), inside.guard().unwrap()].map(|pid| pid.to_string());
-        let Ok(mut tracer) = std::process::Command::new("/bin/strace")
-            .args(["-f", "-q", "-o", "/run/trace", "-p", &pids[0], "-p", &pids[1]])
-            .spawn()
-        else {
-            eprintln!("SKIPPED needs /usr/bin/strace");
-            return;
-        };
-        until("both are traced", Duration::from_secs(10), || pids.iter().all(|pid| inside.is_traced(pid)));
-        for _ in 0..5 {
-            agent.ask("guest-ping", json!({}));
-            agent.ask("stillpoint-status", json!({}));
-            agent.ask("guest-fsfreeze-status", json!({}));
-            agent.ask("stillpoint-renew", json!({"id": "r", "lease_ms": 30_000}));
-        }
-        inside.expect_blocked(&["/a", "/b"]);
-        kill(i32::try_from(tracer.id()).unwrap(), libc::SIGINT);
-        tracer.wait().unwrap();
-        agent.thaw("r");
-        let trace = std::fs::read_to_string("/run/trace").unwrap();
-        assert!(trace.contains("accept4("), "the trace shows the requests: {trace}");
-        for call in ["open(", "openat(", "openat2(", "creat(", "execve(", "execveat(", "fork(", "clone(", "clone3(", "unlink", "rename"] {
-            let lines: Vec<&str> = trace.lines().filter(|line| line.split_whitespace().nth(1).is_some_and(|word| word.starts_with(call))).collect();
-            assert!(lines.is_empty(), "{lines:?}");
-        }
+        nothing_is_opened_forked_or_executed(inside, &agent);
     };
 
     unknown_writers_are_listed: two, |inside| {
@@ -567,6 +543,50 @@ scenes! {
         assert!(agent.refused("stillpoint-freeze", json!({"id": "s", "lease_ms": 1000})).contains("disabled"));
         assert_eq!(filesystem(&agent.thaw("r"), "/a")["state"], "held");
     };
+}
+
+/// Watches a frozen agent and its guard at work, and thaws the run `r`.
+pub(crate) fn nothing_is_opened_forked_or_executed(inside: &Inside, agent: &Agent) {
+    let pids = [agent.pid(), inside.guard().unwrap()].map(|pid| pid.to_string());
+    let Ok(mut tracer) = std::process::Command::new("/bin/strace")
+        .args(["-f", "-q", "-o", "/run/trace", "-p", &pids[0], "-p", &pids[1]])
+        .spawn()
+    else {
+        eprintln!("SKIPPED needs /usr/bin/strace");
+        return;
+    };
+    until("both are traced", Duration::from_secs(10), || pids.iter().all(|pid| inside.is_traced(pid)));
+    for _ in 0..5 {
+        agent.ask("guest-ping", json!({}));
+        agent.ask("stillpoint-status", json!({}));
+        agent.ask("guest-fsfreeze-status", json!({}));
+        agent.ask("stillpoint-renew", json!({"id": "r", "lease_ms": 30_000}));
+    }
+    inside.expect_blocked(&["/a", "/b"]);
+    kill(i32::try_from(tracer.id()).unwrap(), libc::SIGINT);
+    tracer.wait().unwrap();
+    agent.thaw("r");
+    let trace = std::fs::read_to_string("/run/trace").unwrap();
+    assert!(trace.contains("accept4("), "the trace shows the requests: {trace}");
+    for call in [
+        "open(",
+        "openat(",
+        "openat2(",
+        "creat(",
+        "execve(",
+        "execveat(",
+        "fork(",
+        "clone(",
+        "clone3(",
+        "unlink",
+        "rename",
+    ] {
+        let lines: Vec<&str> = trace
+            .lines()
+            .filter(|line| line.split_whitespace().nth(1).is_some_and(|word| word.starts_with(call)))
+            .collect();
+        assert!(lines.is_empty(), "{lines:?}");
+    }
 }
 
 /// What the scene above is about, shown without the agent: the carrier first, and the inner freeze never returns.

@@ -477,3 +477,68 @@ proptest::proptest! {
         required_unmet(&Request::new("db1"), &receipt, &verdict);
     }
 }
+
+/// PostgreSQL as a hook saw it, instead of a module.
+fn attested(report: &mut GuestReport) -> &mut HookReport {
+    report.applications[0].crash_safe = false;
+    report.applications[0].attested_by = Some("/etc/qemu/fsfreeze-hook.d/10-pg".to_owned());
+    let call = Some(HookCall { outcome: HookOutcome::Succeeded, exit_code: Some(0), ..HookCall::default() });
+    let path = "/etc/qemu/fsfreeze-hook.d/10-pg".to_owned();
+    report.hooks = vec![HookReport { path, freeze: call.clone(), thaw: call }];
+    &mut report.hooks[0]
+}
+
+#[test]
+fn what_a_hook_attests_counts_and_is_shown_as_its_word() {
+    let mut receipt = perfect();
+    attested(receipt.guest.as_mut().unwrap());
+    let verdict = judge(&receipt);
+    assert_eq!(verdict.level, Level::Application);
+    let [reason] = &verdict.reasons[..] else { panic!("{:?}", verdict.reasons) };
+    assert_eq!(reason.code, "attested");
+    assert!(reason.message.starts_with("attested by /etc/qemu/fsfreeze-hook.d/10-pg"), "{}", reason.message);
+}
+
+#[test]
+fn a_hook_vouches_for_nothing_that_it_does_not_name() {
+    check_guest(
+        |report| {
+            attested(report);
+            let other = ApplicationReport { attested_by: None, ..report.applications[0].clone() };
+            report.applications.push(ApplicationReport { instance: "/other".to_owned(), ..other });
+        },
+        Level::Filesystem,
+        "not_crash_safe",
+    );
+    check_guest(
+        |report| {
+            attested(report);
+            report.applications.clear();
+        },
+        Level::Filesystem,
+        "no_application_found",
+    );
+}
+
+#[test]
+fn a_hooks_word_is_worth_nothing_unless_it_was_called_before_and_after_without_complaint() {
+    let spoil: [fn(&mut HookReport); 6] = [
+        |hook| hook.thaw = None,
+        |hook| hook.freeze = None,
+        |hook| hook.path.push('x'),
+        |hook| hook.thaw.as_mut().unwrap().outcome = HookOutcome::TimedOut,
+        |hook| hook.thaw.as_mut().unwrap().outcome = HookOutcome::Failed,
+        |hook| hook.freeze.as_mut().unwrap().outcome = HookOutcome::Failed,
+    ];
+    for spoil in spoil {
+        check_guest(|report| spoil(attested(report)), Level::Filesystem, "attestation_unproven");
+    }
+    check_guest(
+        |report| {
+            let second = HookReport { thaw: None, ..attested(report).clone() };
+            report.hooks.push(second);
+        },
+        Level::Filesystem,
+        "attestation_unproven",
+    );
+}

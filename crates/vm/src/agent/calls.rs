@@ -6,7 +6,7 @@ use base64::engine::general_purpose::STANDARD;
 use guest_protocol::answers::{ExecStarted, ExecStatus, FilesystemInfo, OsInfo};
 use guest_protocol::stillpoint::{
     APPLICATIONS_MAX, CheckArguments, CheckReport, FILESYSTEMS_MAX, FreezeArguments, FreezeReport,
-    GuestReport, RenewArguments, RenewReport, StatusReport, TEXT_BYTES_MAX, ThawArguments,
+    GuestReport, HOOKS_MAX, RenewArguments, RenewReport, StatusReport, TEXT_BYTES_MAX, ThawArguments,
 };
 use serde_json::{Map, Value, json};
 use std::sync::atomic::AtomicBool;
@@ -46,7 +46,9 @@ impl ExecOutput {
 
 /// How long to wait for the answer to a freeze: the guest keeps its own limits, so this is reached only if it is gone.
 pub fn freeze_limit(arguments: &FreezeArguments) -> Duration {
-    let guest = [arguments.prepare_ms_max, arguments.quiesce_ms_max, arguments.budget_ms];
+    // Hooks quiesce before modules do, and both have the same limit.
+    let quiesce_ms_max = arguments.quiesce_ms_max.saturating_mul(2);
+    let guest = [arguments.prepare_ms_max, quiesce_ms_max, arguments.budget_ms];
     let sum = guest.iter().fold(0_u64, |sum, ms| sum.saturating_add(*ms)).min(24 * 3_600_000);
     Duration::from_millis(sum) + FREEZE_MARGIN
 }
@@ -225,7 +227,11 @@ fn bound_at(value: &mut Value, member: &str, depth: usize, bytes: &mut usize) ->
             *bytes += text.len();
         }
         Value::Array(list) => {
-            let max = if member == "applications" { APPLICATIONS_MAX } else { FILESYSTEMS_MAX };
+            let max = match member {
+                "applications" => APPLICATIONS_MAX,
+                "hooks" => HOOKS_MAX,
+                _ => FILESYSTEMS_MAX,
+            };
             if list.len() > max {
                 return Err("a list in it is too long");
             }
@@ -258,6 +264,7 @@ mod tests {
         assert!(bound(&mut json!({ "filesystems": vec![0; FILESYSTEMS_MAX] })).is_ok());
         assert!(bound(&mut json!({ "filesystems": vec![0; FILESYSTEMS_MAX + 1] })).is_err());
         assert!(bound(&mut json!({ "applications": vec![0; APPLICATIONS_MAX + 1] })).is_err());
+        assert!(bound(&mut json!({ "hooks": vec![0; HOOKS_MAX + 1] })).is_err());
         let filesystem = json!({ "mountpoint": "/srv/data/volume-1234", "type": "ext4", "device": "/dev/mapper/vg-lv-1234",
             "device_number": "254:1234", "disks": [{ "name": "vda", "serial": "a-serial-number-of-20", "size_bytes": 1 }],
             "read_only": false, "state": "held", "frozen_ms": 12 });
@@ -278,6 +285,6 @@ mod tests {
                 .unwrap();
         assert!(freeze_limit(&arguments) > Duration::from_secs(24 * 3600));
         let arguments: FreezeArguments = serde_json::from_str(r#"{"id": "r", "lease_ms": 1}"#).unwrap();
-        assert_eq!(freeze_limit(&arguments), Duration::from_secs(120 + 10 + 5 + 10));
+        assert_eq!(freeze_limit(&arguments), Duration::from_secs(120 + 2 * 10 + 5 + 10));
     }
 }
