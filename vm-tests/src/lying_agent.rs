@@ -6,7 +6,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 
-/// What an agent answers to a command with its arguments: `{"return": …}` or `{"error": …}`; null: nothing at all.
+/// What an agent answers to a command with its arguments: `{"return": …}` or `{"error": …}`; null: nothing at all; a text:
+/// it hangs up.
 pub type Answers = dyn Fn(&str, &Value) -> Value + Send + Sync;
 
 /// Serves a socket until the test process ends. Synchronizations are answered as they must be, everything else by
@@ -41,6 +42,9 @@ fn converse(stream: UnixStream, answers: &Answers) -> io::Result<()> {
             continue;
         }
         let mut answer = answers(command, &request["arguments"]);
+        if answer.is_string() {
+            return Ok(());
+        }
         if !answer.is_null() {
             answer["id"] = request["id"].clone();
             writeln!(out, "{answer}")?;

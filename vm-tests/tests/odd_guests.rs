@@ -242,6 +242,39 @@ fn a_guest_that_lies_in_every_field_gets_no_level_above_its_evidence_and_breaks_
     drop(liar.bare);
 }
 
+#[test]
+fn an_agent_whose_socket_vanishes_during_the_freeze_is_not_waited_for_long_and_costs_the_level() {
+    let liar = Liar::new();
+    let (socket, hidden) = (liar.bare.path("agent"), liar.bare.path("hidden"));
+    for (step, code) in [("stillpoint-freeze", "freeze_failed"), ("stillpoint-thaw", "thaw_failed")] {
+        println!("-- at {step}");
+        let (from, to) = (socket.clone(), hidden.clone());
+        liar.lies(move |command, answer| {
+            if command == step {
+                // Once more it is gone already.
+                let _gone = std::fs::rename(&from, &to);
+                *answer = "hangs up".into();
+            }
+        });
+        let asked = Instant::now();
+        let taken = liar.snapshot();
+        println!("{} {:?} after {:.1?}", taken["level"], codes(&taken), asked.elapsed());
+        assert_eq!(taken["level"], "crash", "{taken}");
+        assert!(codes(&taken).contains(&code), "{taken}");
+        assert!(
+            asked.elapsed() < Duration::from_secs(40),
+            "behind a socket that is gone nobody is left to thaw"
+        );
+        let refused = liar.stillpoint.run(&["snapshot", "vm", "--require", "filesystem"]).expect("it ends");
+        println!("{}", refused.stderr.trim_end());
+        refused.assert_refused(4, "vm");
+        std::fs::rename(&hidden, &socket).expect("it was hidden");
+    }
+    liar.lies(|_, _| ());
+    assert_eq!(liar.snapshot()["level"], "application", "it is back");
+    liar.stillpoint.assert_sound(3);
+}
+
 fn bytes_in(folder: &std::path::Path) -> u64 {
     let entries = std::fs::read_dir(folder).expect("a folder").flatten();
     let sizes = entries.map(|entry| match entry.metadata() {
