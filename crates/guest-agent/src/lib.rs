@@ -5,6 +5,7 @@ pub mod agent;
 pub mod channel;
 pub mod commands;
 pub mod daemon;
+pub mod errno;
 pub mod freeze;
 pub mod hooks;
 pub mod logging;
@@ -17,8 +18,4 @@ pub mod signals;
 pub mod state;
 mod syslog;
 
-/// The system's words about an error alone, as C programs print them: without its number.
-pub(crate) fn words(error: &std::io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
-}
+pub(crate) use errno::words;

@@ -3,7 +3,9 @@
 mod disks;
 mod file;
 mod hotplug;
+pub mod network;
 mod statistics;
+pub mod system;
 mod trim;
 
 pub use disks::{DiskInfo, DiskSmart, NvmeSmart};
@@ -109,6 +111,9 @@ pub struct ExecStatus {
     /// Error output beyond the limit was dropped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub err_truncated: Option<bool>,
+    /// Ours: `stillpoint-time-limit-ms` of `guest-exec` was over before the process ended, and it was killed.
+    #[serde(default, rename = "stillpoint-time-limit-reached", skip_serializing_if = "Option::is_none")]
+    pub time_limit_reached: Option<bool>,
 }
 
 /// One file system in `guest-get-fsinfo`.

@@ -1,5 +1,7 @@
 //! The arguments of the commands that take more than one, typed.
 
+pub mod accounts;
+pub mod exec;
 mod file;
 pub(crate) mod hotplug;
 
@@ -12,8 +14,6 @@ use crate::stillpoint::{
     APPLICATIONS_MAX, ApplicationPolicy, CheckArguments, FreezeArguments, Policy, RUN_ID_BYTES_MAX,
     RenewArguments, ThawArguments, Want,
 };
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
 /// What `guest-shutdown` does.
@@ -39,69 +39,15 @@ impl Shutdown {
     }
 }
 
-/// Which output of a process is kept.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Capture {
-    /// None.
-    #[default]
-    None,
-    /// Standard output; standard error is thrown away.
-    Stdout,
-    /// Standard error; standard output is thrown away.
-    Stderr,
-    /// Both, apart.
-    Separated,
-    /// Both, as one.
-    Merged,
-}
-
-/// Arguments of `guest-exec`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Exec {
-    /// Program, searched in `PATH` if it has no slash.
-    pub path: String,
-    /// Arguments after the program's name.
-    pub arg: Vec<String>,
-    /// The whole environment, `NAME=VALUE`; absent: the agent's own.
-    pub env: Option<Vec<String>>,
-    /// What the program reads, decoded.
-    pub input: Option<Vec<u8>>,
-    /// What is kept of what it writes.
-    pub capture: Capture,
-}
-
-impl Exec {
-    pub(crate) fn read(members: &mut Members) -> Result<Self, Error> {
-        Ok(Self {
-            path: members.required("path", members::string)?,
-            arg: members.optional("arg", members::strings)?.unwrap_or_default(),
-            env: members.optional("env", members::strings)?,
-            input: members.optional("input-data", base64_bytes)?,
-            capture: members.optional("capture-output", capture)?.unwrap_or_default(),
-        })
-    }
-}
-
-fn base64_bytes(value: Value, path: &str) -> Result<Vec<u8>, Error> {
-    let mut text = members::string(value, path)?;
-    text.retain(|found| found != '\n');
-    STANDARD.decode(text).map_err(|_| Error::generic("Base64 data contains invalid characters"))
-}
-
-fn capture(value: Value, path: &str) -> Result<Capture, Error> {
-    match value {
-        Value::Bool(true) => Ok(Capture::Separated),
-        Value::Bool(false) => Ok(Capture::None),
-        Value::String(text) => match text.as_str() {
-            "none" => Ok(Capture::None),
-            "stdout" => Ok(Capture::Stdout),
-            "stderr" => Ok(Capture::Stderr),
-            "separated" => Ok(Capture::Separated),
-            "merged" => Ok(Capture::Merged),
-            _ => Err(members::not_accepted(path, &text)),
-        },
-        _ => Err(members::wrong_type(path, "GuestExecCaptureOutput")),
-    }
+/// How `guest-suspend-*` suspends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Suspend {
+    /// To disk.
+    Disk,
+    /// To memory.
+    Ram,
+    /// To both.
+    Hybrid,
 }
 
 pub(crate) fn check(members: &mut Members) -> Result<CheckArguments, Error> {

@@ -1,5 +1,6 @@
 //! The commands: one row each, in the order of qemu-ga's schema, ours last.
 
+use crate::arguments::{Suspend, accounts, exec};
 use crate::members::{self, Members};
 use crate::stillpoint::{CheckArguments, FreezeArguments, RenewArguments, ThawArguments};
 use crate::{Error, arguments};
@@ -13,6 +14,8 @@ pub enum Call {
     Ping,
     /// `guest-get-time`.
     GetTime,
+    /// `guest-set-time`, to so many nanoseconds since 1970, or to the hardware's clock.
+    SetTime(Option<i64>),
     /// `guest-info`.
     Info,
     /// `guest-shutdown`.
@@ -29,6 +32,10 @@ pub enum Call {
     FsfreezeThaw,
     /// `guest-fstrim`, of free stretches from so many bytes on.
     Fstrim(i64),
+    /// `guest-suspend-disk`, `-ram` and `-hybrid`.
+    Suspend(arguments::Suspend),
+    /// `guest-network-get-interfaces`.
+    NetworkGetInterfaces,
     /// `guest-get-vcpus`.
     GetVcpus,
     /// `guest-set-vcpus`.
@@ -37,24 +44,40 @@ pub enum Call {
     GetDisks,
     /// `guest-get-fsinfo`.
     GetFsinfo,
+    /// `guest-set-user-password`.
+    SetUserPassword(accounts::SetUserPassword),
     /// `guest-get-memory-blocks`.
     GetMemoryBlocks,
     /// `guest-set-memory-blocks`.
     SetMemoryBlocks(Vec<arguments::MemoryBlockWish>),
     /// `guest-get-memory-block-info`.
     GetMemoryBlockInfo,
-    /// `guest-exec-status`, of this process id.
-    ExecStatus(i64),
+    /// `guest-exec-status`.
+    ExecStatus(exec::ExecStatus),
     /// `guest-exec`.
-    Exec(Box<arguments::Exec>),
+    Exec(Box<exec::Exec>),
+    /// `guest-get-host-name`.
+    GetHostName,
+    /// `guest-get-users`.
+    GetUsers,
+    /// `guest-get-timezone`.
+    GetTimezone,
     /// `guest-get-osinfo`.
     GetOsinfo,
+    /// `guest-ssh-get-authorized-keys`, of this user.
+    SshGetAuthorizedKeys(String),
+    /// `guest-ssh-add-authorized-keys`.
+    SshAddAuthorizedKeys(accounts::AuthorizedKeys),
+    /// `guest-ssh-remove-authorized-keys`.
+    SshRemoveAuthorizedKeys(accounts::AuthorizedKeys),
     /// `guest-get-diskstats`.
     GetDiskstats,
     /// `guest-get-cpustats`.
     GetCpustats,
     /// `guest-get-load`.
     GetLoad,
+    /// `guest-network-get-route`.
+    NetworkGetRoute,
     /// `stillpoint-check`.
     StillpointCheck(CheckArguments),
     /// `stillpoint-freeze`.
@@ -136,6 +159,7 @@ pub static COMMANDS: &[Command] = &[
     Command::new("guest-sync", sync).while_frozen().order(Order::Sync { delimited: false }),
     Command::new("guest-ping", |_| Ok(Call::Ping)).while_frozen(),
     Command::new("guest-get-time", |_| Ok(Call::GetTime)),
+    Command::new("guest-set-time", |members| members.optional("time", members::integer).map(Call::SetTime)),
     Command::new("guest-info", |_| Ok(Call::Info)).while_frozen(),
     Command::new("guest-shutdown", |members| arguments::Shutdown::read(members).map(Call::Shutdown)).silent(),
     Command::new("guest-file-open", |members| arguments::FileOpen::read(members).map(Call::FileOpen)),
@@ -153,25 +177,41 @@ pub static COMMANDS: &[Command] = &[
     Command::new("guest-fstrim", |members| {
         Ok(Call::Fstrim(members.optional("minimum", members::integer)?.unwrap_or(0)))
     }),
+    Command::new("guest-suspend-disk", |_| Ok(Call::Suspend(Suspend::Disk))).silent(),
+    Command::new("guest-suspend-ram", |_| Ok(Call::Suspend(Suspend::Ram))).silent(),
+    Command::new("guest-suspend-hybrid", |_| Ok(Call::Suspend(Suspend::Hybrid))).silent(),
+    Command::new("guest-network-get-interfaces", |_| Ok(Call::NetworkGetInterfaces)),
     Command::new("guest-get-vcpus", |_| Ok(Call::GetVcpus)),
     Command::new("guest-set-vcpus", |members| arguments::hotplug::vcpus(members).map(Call::SetVcpus)),
     Command::new("guest-get-disks", |_| Ok(Call::GetDisks)),
     Command::new("guest-get-fsinfo", |_| Ok(Call::GetFsinfo)),
+    Command::new("guest-set-user-password", |members| {
+        accounts::SetUserPassword::read(members).map(Call::SetUserPassword)
+    }),
     Command::new("guest-get-memory-blocks", |_| Ok(Call::GetMemoryBlocks)),
     Command::new("guest-set-memory-blocks", |members| {
         arguments::hotplug::memory_blocks(members).map(Call::SetMemoryBlocks)
     }),
     Command::new("guest-get-memory-block-info", |_| Ok(Call::GetMemoryBlockInfo)),
-    Command::new("guest-exec-status", |members| {
-        members.required("pid", members::integer).map(Call::ExecStatus)
-    }),
-    Command::new("guest-exec", |members| {
-        arguments::Exec::read(members).map(|exec| Call::Exec(Box::new(exec)))
-    }),
+    Command::new("guest-exec-status", |members| exec::ExecStatus::read(members).map(Call::ExecStatus)),
+    Command::new("guest-exec", |members| exec::Exec::read(members).map(|exec| Call::Exec(Box::new(exec)))),
+    Command::new("guest-get-host-name", |_| Ok(Call::GetHostName)),
+    Command::new("guest-get-users", |_| Ok(Call::GetUsers)),
+    Command::new("guest-get-timezone", |_| Ok(Call::GetTimezone)),
     Command::new("guest-get-osinfo", |_| Ok(Call::GetOsinfo)),
+    Command::new("guest-ssh-get-authorized-keys", |members| {
+        members.required("username", members::string).map(Call::SshGetAuthorizedKeys)
+    }),
+    Command::new("guest-ssh-add-authorized-keys", |members| {
+        accounts::AuthorizedKeys::read_add(members).map(Call::SshAddAuthorizedKeys)
+    }),
+    Command::new("guest-ssh-remove-authorized-keys", |members| {
+        accounts::AuthorizedKeys::read_remove(members).map(Call::SshRemoveAuthorizedKeys)
+    }),
     Command::new("guest-get-diskstats", |_| Ok(Call::GetDiskstats)),
     Command::new("guest-get-cpustats", |_| Ok(Call::GetCpustats)),
     Command::new("guest-get-load", |_| Ok(Call::GetLoad)),
+    Command::new("guest-network-get-route", |_| Ok(Call::NetworkGetRoute)),
     Command::new("stillpoint-check", |members| arguments::check(members).map(Call::StillpointCheck)),
     Command::new("stillpoint-freeze", |members| arguments::freeze(members).map(Call::StillpointFreeze)),
     Command::new("stillpoint-renew", |members| arguments::renew(members).map(Call::StillpointRenew))

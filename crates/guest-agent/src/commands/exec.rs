@@ -3,32 +3,40 @@
 //! A program runs in a process group of its own; what it writes is read as it comes, kept up to a limit, and the
 //! rest dropped. It counts as exited when it has exited: a grandchild that still holds its output delays nothing,
 //! and what that one writes later is read and dropped, so that it neither blocks nor dies of a closed pipe.
+//!
+//! A host may give a program a time limit, kill its process group, and take its output while it runs.
 
 mod output;
+mod spawn;
+mod timer;
 
 use crate::poll::Poll;
-use crate::{log, note};
+use crate::{errno, log, note};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use guest_protocol::Error;
 use guest_protocol::answers::{ExecStarted, ExecStatus};
-use guest_protocol::arguments::{Capture, Exec};
-use output::{Input, Output};
+use guest_protocol::arguments::exec::{self as arguments, Exec, Kill};
+use output::{Input, Kept, Output};
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
+use spawn::Spawned;
 use std::collections::BTreeMap;
-use std::ffi::OsString;
-use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, ExitStatus};
 use std::rc::Rc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+use timer::Timer;
 
 /// Most programs, running or ended and not asked for; the longest ended make room for new ones.
 const PROCESSES_MAX: usize = 256;
 /// Most output kept of programs that have ended and were not asked for.
-const KEPT_BYTES_MAX: usize = 64 << 20;
+const ENDED_BYTES_MAX: usize = 64 << 20;
+/// Most output kept of all programs together; beyond it each one's is cut as at its own limit.
+const ALL_BYTES_MAX: usize = 128 << 20;
+/// Token of the timer; programs count from 1.
+const TIMER: u64 = 0;
 
 /// All programs that were started.
 #[derive(Debug)]
@@ -38,15 +46,16 @@ pub(super) struct Processes {
     receive: Receiver<Started>,
     serial: u64,
     processes: BTreeMap<u64, Process>,
+    timer: Timer,
 }
 
 /// What a starting thread hands over.
 #[derive(Debug)]
 pub(super) struct Started {
-    child: Child,
-    input: Option<(OwnedFd, Vec<u8>)>,
-    out: Option<OwnedFd>,
-    err: Option<OwnedFd>,
+    spawned: Spawned,
+    input: Option<Vec<u8>>,
+    output_bytes_max: usize,
+    deadline: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -55,6 +64,10 @@ struct Process {
     status: Option<ExitStatus>,
     /// Its end was told, or will never be asked for; only its pipes are still looked after.
     is_over: bool,
+    /// When it is killed.
+    deadline: Option<Instant>,
+    /// It was killed because of that.
+    was_too_long: bool,
     input: Option<Input>,
     out: Option<Output>,
     err: Option<Output>,
@@ -63,7 +76,7 @@ struct Process {
 impl Processes {
     pub(super) fn new(poll: Rc<Poll>) -> Processes {
         let (send, receive) = channel();
-        Processes { poll, send, receive, serial: 0, processes: BTreeMap::new() }
+        Processes { poll, send, receive, serial: 0, processes: BTreeMap::new(), timer: Timer::default() }
     }
 
     /// For the thread that starts a program.
@@ -71,31 +84,51 @@ impl Processes {
         self.send.clone()
     }
 
-    /// What became of the program with this process id. The end is told once.
-    pub(super) fn status(&mut self, pid: i64) -> Result<ExecStatus, Error> {
+    /// Whether another may be started: those that run hold pipes and a place in the table.
+    pub(super) fn have_room(&self) -> bool {
+        self.processes.values().filter(|process| process.status.is_none()).count() < PROCESSES_MAX
+    }
+
+    /// What became of a program, after killing it if that is asked for. The end is told once.
+    pub(super) fn status(&mut self, asked: arguments::ExecStatus) -> Result<ExecStatus, Error> {
         self.reap();
+        let pid = asked.pid;
         // Of two with the same id the later one is meant: the first had ended when the kernel gave it anew.
         let mut newest_first = self.processes.values_mut().rev();
         let process = newest_first.find(|process| !process.is_over && i64::from(process.child.id()) == pid);
         let process = process.ok_or_else(|| Error::generic(format!("PID {pid} does not exist")))?;
-        let Some(status) = process.status else { return Ok(ExecStatus::default()) };
-        let out = process.out.as_mut().map(Output::take);
-        let err = process.err.as_mut().map(Output::take);
-        process.is_over = true;
+        if let Some(kill) = asked.kill {
+            note!("guest-exec-status called, pid: {pid}, to kill its process group");
+            process.kill(match kill {
+                Kill::Term => Signal::TERM,
+                Kill::Kill => Signal::KILL,
+            });
+        }
+        let status = process.status;
+        if status.is_none() && !asked.stream {
+            return Ok(ExecStatus::default());
+        }
+        let [out, err] = [&mut process.out, &mut process.err].map(|output| output.as_mut().map(Output::take));
+        let time_limit_reached = (status.is_some() && process.was_too_long).then_some(true);
+        process.is_over = status.is_some();
+        if process.is_over {
+            // Not each time: hosts ask again and again, and would fill the system's log with it.
+            note!("guest-exec-status called, pid: {pid}");
+        }
         self.forget_closed();
-        let data = |taken: &Option<output::Kept>| {
+        let data = |taken: &Option<Kept>| {
             taken.as_ref().filter(|kept| !kept.bytes.is_empty()).map(|kept| STANDARD.encode(&kept.bytes))
         };
-        let truncated =
-            |taken: &Option<output::Kept>| taken.as_ref().filter(|kept| kept.truncated).map(|_| true);
+        let truncated = |taken: &Option<Kept>| taken.as_ref().filter(|kept| kept.truncated).map(|_| true);
         Ok(ExecStatus {
-            exited: true,
-            exitcode: status.code().map(i64::from),
-            signal: status.signal().map(i64::from),
+            exited: status.is_some(),
+            exitcode: status.and_then(|status| status.code()).map(i64::from),
+            signal: status.and_then(|status| status.signal()).map(i64::from),
             out_data: data(&out),
             err_data: data(&err),
             out_truncated: truncated(&out),
             err_truncated: truncated(&err),
+            time_limit_reached,
         })
     }
 
@@ -121,10 +154,16 @@ impl Processes {
             }
         }
         self.make_room();
+        self.set_timer();
     }
 
     /// One of the pipes can go on.
     pub(super) fn pipe_event(&mut self, token: u64) {
+        if token == TIMER {
+            return self.kill_those_that_take_too_long();
+        }
+        let kept: usize = self.processes.values().map(Process::kept).sum();
+        let room = ALL_BYTES_MAX.saturating_sub(kept);
         let Some(process) = self.processes.get_mut(&(token >> 2)) else { return };
         let (poll, token) = (&*self.poll, token | super::EXEC_TOKEN);
         match token & 3 {
@@ -133,8 +172,8 @@ impl Processes {
                     process.input = None;
                 }
             }
-            1 => Output::event(process.out.as_mut(), poll, token),
-            _ => Output::event(process.err.as_mut(), poll, token),
+            1 => Output::event(process.out.as_mut(), room, poll, token),
+            _ => Output::event(process.err.as_mut(), room, poll, token),
         }
         self.forget_closed();
     }
@@ -143,15 +182,40 @@ impl Processes {
         self.serial += 1;
         let token = |stream: u64| super::EXEC_TOKEN | self.serial << 2 | stream;
         let poll = &*self.poll;
+        let Started { spawned: Spawned { child, input, out, err }, input: bytes, output_bytes_max, deadline } =
+            started;
+        let output = |pipe, stream| Output::new(pipe, output_bytes_max, poll, token(stream));
         let process = Process {
-            child: started.child,
+            child,
             status: None,
             is_over: false,
-            input: started.input.and_then(|(pipe, bytes)| Input::new(pipe, bytes, poll, token(0))),
-            out: started.out.and_then(|pipe| Output::new(pipe, poll, token(1))),
-            err: started.err.and_then(|pipe| Output::new(pipe, poll, token(2))),
+            deadline,
+            was_too_long: false,
+            input: input.zip(bytes).and_then(|(pipe, bytes)| Input::new(pipe, bytes, poll, token(0))),
+            out: out.and_then(|pipe| output(pipe, 1)),
+            err: err.and_then(|pipe| output(pipe, 2)),
         };
         self.processes.insert(self.serial, process);
+    }
+
+    fn kill_those_that_take_too_long(&mut self) {
+        // One that has ended meanwhile is not to be blamed.
+        self.reap();
+        let now = Instant::now();
+        for process in self.processes.values_mut().filter(|process| process.status.is_none()) {
+            if process.deadline.is_some_and(|deadline| deadline <= now) {
+                log!(Info, "process group {} has reached its time limit", process.child.id());
+                (process.deadline, process.was_too_long) = (None, true);
+                process.kill(Signal::KILL);
+            }
+        }
+        self.set_timer();
+    }
+
+    fn set_timer(&mut self) {
+        let running = self.processes.values().filter(|process| process.status.is_none());
+        let next = running.filter_map(|process| process.deadline).min();
+        self.timer.set(next, &self.poll, super::EXEC_TOKEN | TIMER);
     }
 
     /// Forgets the ends that nobody asked for, oldest first, where they are too many or too large.
@@ -161,7 +225,7 @@ impl Processes {
             self.processes.values().filter(|process| is_waiting(process)).map(Process::kept).sum();
         let mut count = self.processes.len();
         for process in self.processes.values_mut().filter(|process| process.status.is_some()) {
-            if count <= PROCESSES_MAX && kept <= KEPT_BYTES_MAX {
+            if count <= PROCESSES_MAX && kept <= ENDED_BYTES_MAX {
                 break;
             }
             kept -= if process.is_over { 0 } else { process.kept() };
@@ -182,97 +246,35 @@ impl Processes {
 }
 
 impl Process {
+    /// Sends a signal to all of its group. Not yet waited for, its id is nobody else's.
+    fn kill(&self, signal: Signal) {
+        if self.status.is_none()
+            && let Err(error) = kill_process_group(Pid::from_child(&self.child), signal)
+        {
+            log!(Error, "cannot kill process group {}: {error}", self.child.id());
+        }
+    }
+
     fn kept(&self) -> usize {
         [&self.out, &self.err].into_iter().flatten().map(Output::kept).sum()
     }
 }
 
 /// Starts a program; runs in a thread of its own, since even looking for it may wait for a disk.
-pub(super) fn start(exec: &Exec, starter: &Sender<Started>) -> Result<Value, Error> {
+pub(super) fn start(exec: Exec, starter: &Sender<Started>) -> Result<Value, Error> {
     note!("guest-exec called: \"{}\"", [std::slice::from_ref(&exec.path), &exec.arg].concat().join(" "));
-    let started = spawn(exec).map_err(|error| {
-        let path = &exec.path;
-        Error::generic(format!(
-            "Failed to execute child process \u{201C}{path}\u{201D} ({})",
-            without_number(&error)
-        ))
+    let spawned = spawn::spawn(&exec).map_err(|error| {
+        let (path, words) = (&exec.path, errno::words(&error));
+        Error::generic(format!("Failed to execute child process \u{201C}{path}\u{201D} ({words})"))
     })?;
-    let pid = i64::from(started.child.id());
+    let pid = i64::from(spawned.child.id());
+    let started = Started {
+        spawned,
+        input: exec.input,
+        output_bytes_max: exec.output_bytes_max,
+        deadline: exec.time_limit.and_then(|limit: Duration| Instant::now().checked_add(limit)),
+    };
     // The loop takes it up before it sends our answer, so the pid is known when the host asks for it.
     starter.send(started).map_err(|_| Error::generic("the agent is ending"))?;
     super::answer(&ExecStarted { pid })
-}
-
-fn spawn(exec: &Exec) -> io::Result<Started> {
-    let program = find(&exec.path, exec.env.as_deref())?;
-    let mut command = Command::new(&program);
-    command.arg0(&exec.path).args(&exec.arg);
-    match try_spawn(command, exec) {
-        // A script without its interpreter's name is the shell's, as for execvp(3).
-        Err(error) if error.raw_os_error() == Some(libc::ENOEXEC) => {
-            let mut command = Command::new("/bin/sh");
-            command.arg(&program).args(&exec.arg);
-            try_spawn(command, exec)
-        }
-        spawned => spawned,
-    }
-}
-
-fn try_spawn(mut command: Command, exec: &Exec) -> io::Result<Started> {
-    if let Some(env) = &exec.env {
-        command.env_clear().envs(env.iter().filter_map(|entry| entry.split_once('=')));
-    }
-    let piped = |wanted: bool| if wanted { Stdio::piped() } else { Stdio::null() };
-    command.stdin(piped(exec.input.is_some()));
-    command.stdout(piped(matches!(exec.capture, Capture::Stdout | Capture::Separated)));
-    command.stderr(piped(matches!(exec.capture, Capture::Stderr | Capture::Separated)));
-    let mut merged = None;
-    if exec.capture == Capture::Merged {
-        let (reader, writer) = io::pipe()?;
-        command.stdout(writer.try_clone()?).stderr(writer);
-        merged = Some(OwnedFd::from(reader));
-    }
-    // SAFETY: it makes plain system calls only, which are async-signal-safe.
-    unsafe {
-        command.pre_exec(|| {
-            crate::oom::be_like_others();
-            Ok(())
-        });
-    }
-    // A signal meant for the agent's group, or one that the program sends to its own, stays where it belongs.
-    let mut child = command.process_group(0).spawn()?;
-    // With `command` the writing ends of a merged pipe are dropped, so that its end will be seen.
-    drop(command);
-    Ok(Started {
-        input: child.stdin.take().map(OwnedFd::from).zip(exec.input.clone()),
-        out: merged.or(child.stdout.take().map(OwnedFd::from)),
-        err: child.stderr.take().map(OwnedFd::from),
-        child,
-    })
-}
-
-/// Looks in the `PATH` that the program will have, or else in the agent's.
-fn find(path: &str, env: Option<&[String]>) -> io::Result<PathBuf> {
-    if path.contains('/') {
-        return Ok(path.into());
-    }
-    let own =
-        env.into_iter().flatten().rev().find_map(|entry| entry.strip_prefix("PATH=").map(OsString::from));
-    let places = own.or_else(|| std::env::var_os("PATH")).unwrap_or_else(|| "/bin:/usr/bin".into());
-    let mut refused = io::Error::from_raw_os_error(libc::ENOENT);
-    for place in std::env::split_paths(&places) {
-        let candidate = place.join(path);
-        match rustix::fs::access(&candidate, rustix::fs::Access::EXEC_OK) {
-            Ok(()) if !Path::is_dir(&candidate) => return Ok(candidate),
-            Err(rustix::io::Errno::ACCESS) => refused = io::Error::from_raw_os_error(libc::EACCES),
-            _ => {}
-        }
-    }
-    Err(refused)
-}
-
-/// The system's words alone, as C programs print them.
-fn without_number(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
 }

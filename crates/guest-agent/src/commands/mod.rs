@@ -9,15 +9,24 @@ mod files;
 mod fsfreeze;
 mod fsinfo;
 mod fstrim;
+mod helper;
+mod hostname;
 mod info;
 mod jobs;
 mod memory_blocks;
+mod network;
 mod osinfo;
+mod password;
 #[cfg(test)]
 mod recorded;
+mod search;
 mod shutdown;
+mod ssh;
 mod statistics;
+mod suspend;
 mod time;
+mod timezone;
+mod users;
 mod vcpus;
 
 pub use files::Transfer;
@@ -137,6 +146,10 @@ impl Commands {
             }
             Call::Info => Reply::Now(answer(&info::info(&self.version, |command| self.is_enabled(command)))),
             Call::GetTime => Reply::Now(time::now().map(Value::from)),
+            Call::SetTime(time_ns) => self.jobs.start(ticket, move || time::set(time_ns)),
+            Call::GetHostName => Reply::Now(answer(&hostname::host_name())),
+            Call::GetUsers => self.jobs.start(ticket, || answer(&users::users(Path::new("/")))),
+            Call::GetTimezone => self.jobs.start(ticket, || answer(&timezone::timezone(Path::new("/")))),
             Call::GetOsinfo => self.jobs.start(ticket, || answer(&osinfo::osinfo())),
             Call::FileOpen(arguments) => self.files.open(&mut self.jobs, ticket, arguments),
             Call::File(call) => self.files.operate(&mut self.jobs, ticket, call),
@@ -161,15 +174,32 @@ impl Commands {
             Call::GetCpustats => self.jobs.start(ticket, || answer(&statistics::cpus(Path::new("/"))?)),
             Call::GetLoad => Reply::Now(statistics::load(Path::new("/")).and_then(|load| answer(&load))),
             Call::GetFsinfo => self.jobs.start(ticket, || answer(&fsinfo::fsinfo(Path::new("/"))?)),
+            Call::NetworkGetInterfaces => {
+                self.jobs.start(ticket, || answer(&network::interfaces(Path::new("/"))?))
+            }
+            Call::NetworkGetRoute => self.jobs.start(ticket, || answer(&network::routes(Path::new("/"))?)),
             Call::Shutdown(mode) => self.jobs.start(ticket, move || shutdown::shutdown(mode)),
+            Call::Suspend(mode) => self.jobs.start(ticket, move || suspend::suspend(Path::new("/"), mode)),
+            Call::SetUserPassword(arguments) => {
+                self.jobs.start(ticket, move || password::set_user_password(&arguments))
+            }
+            Call::SshGetAuthorizedKeys(username) => {
+                self.jobs.start(ticket, move || answer(&ssh::get(Path::new("/"), &username)?))
+            }
+            Call::SshAddAuthorizedKeys(arguments) => {
+                self.jobs.start(ticket, move || ssh::add(Path::new("/"), &arguments))
+            }
+            Call::SshRemoveAuthorizedKeys(arguments) => {
+                self.jobs.start(ticket, move || ssh::remove(Path::new("/"), &arguments))
+            }
+            Call::Exec(_) if !self.exec.have_room() => {
+                Reply::Now(Err(Error::generic("too many programs are running")))
+            }
             Call::Exec(exec) => {
                 let starter = self.exec.starter();
-                self.jobs.start(ticket, move || exec::start(&exec, &starter))
+                self.jobs.start(ticket, move || exec::start(*exec, &starter))
             }
-            Call::ExecStatus(pid) => {
-                note!("guest-exec-status called, pid: {pid}");
-                Reply::Now(self.exec.status(pid).and_then(|status| answer(&status)))
-            }
+            Call::ExecStatus(asked) => Reply::Now(self.exec.status(asked).and_then(|status| answer(&status))),
             Call::FsfreezeStatus => Reply::Now(Ok(fsfreeze::status(&self.runs))),
             Call::FsfreezeFreeze(mountpoints) => {
                 note!("guest-fsfreeze called");

@@ -63,11 +63,13 @@ fn unquote(value: &str) -> String {
             (None, '\'' | '"') => quote = Some(letter),
             (Some(open), _) if letter == open => quote = None,
             (None, '\\') => text.extend(letters.next()),
-            // In double quotes a backslash takes only these four.
+            // In double quotes a backslash takes only these four, and, for qemu-ga, a single quote.
             (Some('"'), '\\') => match letters.peek() {
-                Some('$' | '"' | '\\' | '`') => text.extend(letters.next()),
+                Some('$' | '"' | '\\' | '`' | '\'') => text.extend(letters.next()),
                 _ => text.push('\\'),
             },
+            // A shell would take what follows for another command.
+            (None, ' ' | '\t' | ';') => break,
             _ => text.push(letter),
         }
     }
@@ -85,7 +87,11 @@ mod tests {
             ("\"Debian GNU/Linux 12 (bookworm)\"", "Debian GNU/Linux 12 (bookworm)"),
             ("'a \"b\" \\c'", "a \"b\" \\c"),
             (r#""a \"b\" \$c \`d\` \\e \f""#, r#"a "b" $c `d` \e \f"#),
+            (r#""Unit test \"\'\$\`\\ and \\\\ etc.""#, r#"Unit test "'$`\ and \\ etc."#),
             (r"a\ b", "a b"),
+            ("a b", "a"),
+            ("a;b", "a"),
+            ("\"a b\"; c", "a b"),
             ("", ""),
         ] {
             assert_eq!(unquote(quoted), plain, "{quoted}");

@@ -1,15 +1,12 @@
 //! `guest-shutdown`.
 
+use super::helper;
 use crate::note;
 use guest_protocol::Error;
 use guest_protocol::arguments::Shutdown;
 use serde_json::{Value, json};
-use std::process::{Command, Stdio};
 
-/// Most of the helper's output that an error repeats, in bytes.
-const OUTPUT_BYTES_MAX: usize = 1024;
-
-/// Runs the system's own program for it, and waits for that program.
+/// Runs the system's own program for it, and waits for that program, without a limit: nothing is left to be protected.
 pub(super) fn shutdown(mode: Shutdown) -> Result<Value, Error> {
     let (name, program, flag) = match mode {
         Shutdown::Powerdown => ("powerdown", "/sbin/poweroff", "-P"),
@@ -17,22 +14,8 @@ pub(super) fn shutdown(mode: Shutdown) -> Result<Value, Error> {
         Shutdown::Reboot => ("reboot", "/sbin/reboot", "-r"),
     };
     note!("guest-shutdown called, mode: {name}");
-    let mut command = if rustix::fs::access(program, rustix::fs::Access::EXEC_OK).is_ok() {
-        Command::new(program)
-    } else {
-        let mut command = Command::new("/sbin/shutdown");
-        command.args(["-h", flag, "+0", "hypervisor initiated shutdown"]);
-        command
-    };
-    let failed = |why: &str| Error::generic(format!("child process has failed to shutdown: {why}"));
-    let output = command.stdin(Stdio::null()).output().map_err(|error| failed(&error.to_string()))?;
-    if output.status.success() {
-        return Ok(json!({}));
-    }
-    let mut said = [output.stdout, output.stderr].concat();
-    said.truncate(OUTPUT_BYTES_MAX);
-    Err(match said.trim_ascii() {
-        [] => failed(&output.status.to_string()),
-        said => failed(&String::from_utf8_lossy(said)),
-    })
+    let is_there = rustix::fs::access(program, rustix::fs::Access::EXEC_OK).is_ok();
+    let general = ["/sbin/shutdown", "-h", flag, "+0", "hypervisor initiated shutdown"];
+    helper::run(if is_there { std::slice::from_ref(&program) } else { &general }, None, None, "shutdown")?;
+    Ok(json!({}))
 }

@@ -23,19 +23,25 @@ impl Agent {
     }
 
     pub(crate) fn start_with(arguments: &[&str], environment: &[(&str, &str)]) -> Agent {
-        let agent = Agent::spawn(arguments, environment);
+        let agent = Agent::spawn(program(), arguments, environment);
         until("the agent listens", || UnixStream::connect(agent.socket()).is_ok());
         agent
     }
 
     /// One that is not expected at its socket.
     pub(crate) fn start_without_wait(arguments: &[&str]) -> Agent {
-        Agent::spawn(arguments, &[])
+        Agent::spawn(program(), arguments, &[])
     }
 
-    fn spawn(arguments: &[&str], environment: &[(&str, &str)]) -> Agent {
+    /// One whose start was prepared.
+    pub(crate) fn start_as(command: Command, environment: &[(&str, &str)]) -> Agent {
+        let agent = Agent::spawn(command, &[], environment);
+        until("the agent listens", || UnixStream::connect(agent.socket()).is_ok());
+        agent
+    }
+
+    fn spawn(mut command: Command, arguments: &[&str], environment: &[(&str, &str)]) -> Agent {
         let folder = tempfile::tempdir().expect("a folder");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_stillpoint-agent"));
         command
             .args(["-m", "unix-listen", "-v", "-p"])
             .arg(folder.path().join("agent.sock"))
@@ -117,6 +123,11 @@ impl Agent {
             .map(|ticks| ticks.parse::<u64>().expect("a number"))
             .sum()
     }
+}
+
+/// To be started by `Agent::start_as`.
+pub(crate) fn program() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_stillpoint-agent"))
 }
 
 impl Drop for Agent {

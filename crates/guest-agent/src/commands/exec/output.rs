@@ -6,8 +6,6 @@ use rustix::io::Errno;
 use std::io;
 use std::os::fd::OwnedFd;
 
-/// Most output that is kept of one stream, as in qemu-ga.
-const STREAM_BYTES_MAX: usize = 16 << 20;
 /// Most bytes moved at a time, so that one program's flood does not keep the loop from others.
 const TURN_BYTES: usize = 256 << 10;
 /// Most bytes that can lie in a pipe. Source: `/proc/sys/fs/pipe-max-size`.
@@ -55,23 +53,26 @@ pub(super) struct Output {
     pipe: Option<OwnedFd>,
     kept: Vec<u8>,
     truncated: bool,
+    /// Most bytes that are kept at a time.
+    bytes_max: usize,
     is_kept: bool,
 }
 
 impl Output {
-    pub(super) fn new(pipe: OwnedFd, poll: &Poll, token: u64) -> Option<Output> {
+    pub(super) fn new(pipe: OwnedFd, bytes_max: usize, poll: &Poll, token: u64) -> Option<Output> {
         watch(&pipe, poll, token).then_some(Output {
             pipe: Some(pipe),
             kept: Vec::new(),
             truncated: false,
+            bytes_max,
             is_kept: true,
         })
     }
 
-    /// Reads some, and asks to be called again where there is more.
-    pub(super) fn event(output: Option<&mut Output>, poll: &Poll, token: u64) {
+    /// Reads some, keeps what there is room for, and asks to be called again where there is more.
+    pub(super) fn event(output: Option<&mut Output>, room: usize, poll: &Poll, token: u64) {
         let Some(output) = output else { return };
-        output.read(TURN_BYTES);
+        output.read(TURN_BYTES, room);
         if let Some(pipe) = &output.pipe
             && let Err(error) = poll.rearm(pipe, token)
         {
@@ -81,7 +82,7 @@ impl Output {
 
     /// Reads all that lies in the pipe.
     pub(super) fn drain(&mut self) {
-        self.read(PIPE_BYTES_MAX);
+        self.read(PIPE_BYTES_MAX, PIPE_BYTES_MAX);
     }
 
     /// From now on what is read is dropped.
@@ -89,8 +90,9 @@ impl Output {
         self.is_kept = false;
     }
 
+    /// What was kept, and whether more was dropped. Both begin anew.
     pub(super) fn take(&mut self) -> Kept {
-        Kept { bytes: std::mem::take(&mut self.kept), truncated: self.truncated }
+        Kept { bytes: std::mem::take(&mut self.kept), truncated: std::mem::take(&mut self.truncated) }
     }
 
     pub(super) fn kept(&self) -> usize {
@@ -101,9 +103,9 @@ impl Output {
         self.pipe.is_some()
     }
 
-    fn read(&mut self, bytes_max: usize) {
+    fn read(&mut self, bytes_max: usize, room: usize) {
         let mut buffer = [0; 16 << 10];
-        let mut total = 0;
+        let (mut total, room) = (0, self.bytes_max.min(self.kept.len().saturating_add(room)));
         while let Some(pipe) = &self.pipe
             && total < bytes_max
         {
@@ -111,7 +113,7 @@ impl Output {
                 Ok(0) => self.pipe = None,
                 Ok(bytes) => {
                     total += bytes;
-                    self.keep(&buffer[..bytes]);
+                    self.keep(&buffer[..bytes], room);
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return,
@@ -120,11 +122,12 @@ impl Output {
         }
     }
 
-    fn keep(&mut self, bytes: &[u8]) {
+    /// Appends until there are `kept_max`.
+    fn keep(&mut self, bytes: &[u8], kept_max: usize) {
         if !self.is_kept {
             return;
         }
-        let room = STREAM_BYTES_MAX - self.kept.len();
+        let room = kept_max.saturating_sub(self.kept.len());
         self.kept.extend_from_slice(&bytes[..bytes.len().min(room)]);
         self.truncated |= bytes.len() > room;
     }
