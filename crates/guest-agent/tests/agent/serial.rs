@@ -1,12 +1,15 @@
 //! The serial line, with a pseudo-terminal in its place.
 
 use crate::guest::{Agent, until};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+/// Longest wait for an answer: the machine may be busy.
+const PATIENCE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
 const PING: &[u8] = br#"{"execute":"guest-ping"}"#;
 
 /// A host's end of a line, and a link to the guest's end.
@@ -31,7 +34,17 @@ impl Line {
     fn ask(&mut self, bytes: &[u8]) -> Vec<u8> {
         self.host.get_mut().write_all(bytes).expect("there is room");
         let mut line = Vec::new();
-        self.host.read_until(b'\n', &mut line).expect("an answer");
+        while line.last() != Some(&b'\n') {
+            if self.host.buffer().is_empty() {
+                let mut watched = [PollFd::new(self.host.get_ref(), PollFlags::IN)];
+                let seen = poll(&mut watched, Some(&PATIENCE)).expect("a terminal");
+                assert!(seen > 0, "no whole line: {}", String::from_utf8_lossy(&line));
+            }
+            let bytes = self.host.fill_buf().expect("a terminal");
+            let end = bytes.iter().position(|byte| *byte == b'\n').map_or(bytes.len(), |at| at + 1);
+            line.extend_from_slice(&bytes[..end]);
+            self.host.consume(end);
+        }
         line
     }
 
