@@ -20,6 +20,9 @@ use std::time::Duration;
 
 /// Most clients of a unix socket; the one that did nothing for longest makes room for a new one.
 const CLIENTS_MAX: usize = 32;
+/// Most that all clients together make us keep, in bytes. One of them alone is bounded by its connection; when they are more,
+/// the one that holds most is dismissed.
+const HELD_BYTES_MAX: usize = 192 << 20;
 /// How long until a port is tried again (`-r`), as in qemu-ga.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -42,6 +45,8 @@ pub struct Agent {
     transfers: BTreeMap<u64, Transfer>,
     numbers: u32,
     clock: u64,
+    /// Clients may wait though the kernel does not tell.
+    look_at_door: bool,
     /// A port is opened again and again (`-r`).
     retry: bool,
     pid_file: Option<PidFile>,
@@ -96,6 +101,7 @@ impl Agent {
             transfers: BTreeMap::new(),
             numbers: 0,
             clock: 0,
+            look_at_door: false,
             retry: options.retry_path,
             pid_file: None,
             pid_file_wanted: None,
@@ -135,7 +141,10 @@ impl Agent {
                 log!(Warning, "the channel is gone");
                 return Ok(());
             }
-            let at_most = match self.busy.is_empty() {
+            if std::mem::take(&mut self.look_at_door) {
+                self.take_up_clients();
+            }
+            let at_most = match self.busy.is_empty() && !self.look_at_door {
                 false => Some(Duration::ZERO),
                 true if waits_for_port => Some(RETRY),
                 true => None,
@@ -167,6 +176,7 @@ impl Agent {
             for number in std::mem::take(&mut self.busy) {
                 self.work(number);
             }
+            self.limit_memory();
         }
     }
 
@@ -184,17 +194,31 @@ impl Agent {
         while let Channel::Listener(listener) = &self.channel
             && let Some(client) = listener.accept()
         {
-            // One that waits for an answer does nothing either, and is not idle.
-            let idlest = self.links.iter().min_by_key(|(_, link)| (link.is_waiting(), link.last_active));
-            if self.links.len() >= CLIENTS_MAX
-                && let Some(idlest) = idlest.map(|(number, _)| *number)
-            {
-                log!(Warning, "too many clients: the idlest is dismissed");
-                self.drop_link(idlest);
+            if self.links.len() >= CLIENTS_MAX {
+                self.make_room();
             }
             if let Err(error) = self.link(client, Kind::Socket) {
                 log!(Error, "cannot take up a client: {error}");
             }
+        }
+    }
+
+    /// Dismisses the idlest client. One that waits for an answer does nothing either, and is not idle.
+    fn make_room(&mut self) {
+        let numbers: Vec<u32> = self.links.keys().copied().collect();
+        for number in numbers {
+            // What it has said may not have been read yet.
+            if let Some(link) = self.links.get_mut(&number).filter(|link| !link.is_waiting()) {
+                link.look();
+                self.work(number);
+            }
+        }
+        let idlest = self.links.iter().min_by_key(|(_, link)| (link.is_waiting(), link.last_active));
+        if self.links.len() >= CLIENTS_MAX
+            && let Some(idlest) = idlest.map(|(number, _)| *number)
+        {
+            log!(Warning, "too many clients: the idlest is dismissed");
+            self.drop_link(idlest);
         }
     }
 
@@ -257,6 +281,17 @@ impl Agent {
         }
     }
 
+    fn limit_memory(&mut self) {
+        let held: usize = self.links.values().map(Link::held_bytes).sum();
+        if held > HELD_BYTES_MAX
+            && self.links.len() > 1
+            && let Some((number, _)) = self.links.iter().max_by_key(|(_, link)| link.held_bytes())
+        {
+            log!(Warning, "the clients hold {held} bytes: the one that holds most is dismissed");
+            self.close(*number);
+        }
+    }
+
     /// Answers that became ready go to whoever still waits for them.
     fn deliver(&mut self) {
         let finished = self.commands.finished();
@@ -298,7 +333,7 @@ impl Agent {
             log!(Warning, "agent stopped unexpectedly, restarting...");
         }
         // Descriptors may have been short: whoever waits at the door since then was told of once.
-        self.take_up_clients();
+        self.look_at_door = true;
     }
 
     fn drop_link(&mut self, number: u32) {

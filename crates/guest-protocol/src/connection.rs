@@ -136,6 +136,13 @@ impl Connection {
             && waiting.sum::<usize>() <= REQUEST_BYTES_MAX
     }
 
+    /// What all that is not dealt with takes in memory, about: half a message, requests, answers.
+    pub fn held_bytes(&self) -> usize {
+        let waiting = self.queue.iter().map(Turn::bytes).chain(self.begun.values().map(|begun| begun.bytes));
+        let held: usize = self.held.iter().map(|(_, piece)| piece.text.len()).sum();
+        self.reader.pending_bytes() + waiting.sum::<usize>() + held + self.unsent + self.behind.len()
+    }
+
     /// The next request to carry out, taking bytes from `input` only where none is ready: what comes after a request
     /// is looked at when that one was carried out or begun. `None`: all of `input` is taken, nothing is to be done.
     pub fn next_request(&mut self, input: &mut &[u8]) -> Option<Dispatch> {

@@ -74,9 +74,19 @@ impl Link {
         self.host_seen |= !event.hung_up;
     }
 
+    /// Has the next `work` look for input, told of or not.
+    pub fn look(&mut self) {
+        self.readable = true;
+    }
+
     /// Whether the client waits for an answer, or for us to read on.
     pub fn is_waiting(&self) -> bool {
         self.connection.owes_answers() || !self.connection.output().is_empty()
+    }
+
+    /// What the client makes us keep in memory, about.
+    pub fn held_bytes(&self) -> usize {
+        self.connection.held_bytes()
     }
 
     /// The conversation, to give it answers.

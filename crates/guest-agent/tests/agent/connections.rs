@@ -59,6 +59,7 @@ fn d18_a_client_that_left_its_answers_unread_harms_nobody() {
     for _ in 0..5 {
         let mut client = agent.client();
         client.send(PING.repeat(100));
+        client.wait_for_something();
         // Closed with answers in its buffer: the agent's socket sees a reset.
         drop(client);
         assert_eq!(other.ask(PING), r#"{"return": {}}"#);
@@ -103,7 +104,14 @@ fn a_flood_of_clients_dismisses_none_that_waits_for_an_answer() {
     waiting.send(r#"{"execute":"guest-get-osinfo"}"#);
     let mut flood: Vec<_> = (0..100).map(|_| agent.client()).collect();
     assert_eq!(flood.last_mut().expect("many").ask(PING), r#"{"return": {}}"#);
-    std::fs::write(&pipe, "ID=pipe\n").expect("the agent reads");
+    // Opening it like this waits for nobody.
+    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::NONBLOCK;
+    let mut writer = None;
+    until("the agent reads the pipe", || {
+        writer = rustix::fs::open(&pipe, flags, rustix::fs::Mode::empty()).ok();
+        writer.is_some()
+    });
+    rustix::io::write(writer.expect("just seen"), b"ID=pipe\n").expect("the agent reads");
     assert!(waiting.line().contains(r#""id": "pipe""#));
 }
 
@@ -114,6 +122,41 @@ fn more_clients_than_places_dismiss_the_idlest() {
     let mut last = clients.pop().expect("forty");
     assert_eq!(last.ask(PING), r#"{"return": {}}"#);
     assert_eq!(clients[0].rest(), "", "the first was dismissed");
+}
+
+#[test]
+fn d28_clients_that_never_end_their_messages_do_not_eat_the_guests_memory() {
+    let agent = Agent::start();
+    let mut modest = agent.client();
+    modest.send(r#"{"execute":"guest-"#);
+    let mut greedy: Vec<_> = (0..6).map(|_| agent.client()).collect();
+    let text = vec![b'x'; 60 << 20];
+    let dismissed = greedy
+        .iter_mut()
+        .filter_map(|client| {
+            let taken = client.try_send(br#"{"execute":""#) && client.try_send(&text);
+            assert!(agent.resident_mib() < 300, "{} MiB", agent.resident_mib());
+            (!taken).then_some(())
+        })
+        .count();
+    println!("{dismissed} dismissed while they spoke, {} MiB resident", agent.resident_mib());
+    modest.send(r#"ping"}"#);
+    assert_eq!(modest.line(), r#"{"return": {}}"#, "one that harms nobody is not dismissed");
+    drop(greedy);
+    until("the memory is given back", || agent.resident_mib() < 40);
+}
+
+#[test]
+fn d28_a_message_of_many_small_parts_counts_as_what_it_takes() {
+    let agent = Agent::start();
+    let mut greedy: Vec<_> = (0..8).map(|_| agent.client()).collect();
+    // 2 MiB that become 64 MiB of values; one more would be one too many.
+    let parts = "1,".repeat(1 << 20);
+    for client in &mut greedy {
+        let _taken = client.try_send(b"[") && client.try_send(parts.as_bytes());
+        assert!(agent.resident_mib() < 300, "{} MiB", agent.resident_mib());
+    }
+    assert_eq!(agent.client().ask(PING), r#"{"return": {}}"#);
 }
 
 #[test]

@@ -112,6 +112,12 @@ impl Agent {
         status.expect("just seen")
     }
 
+    pub(crate) fn resident_mib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the agent runs");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("counted").to_owned();
+        line.split_whitespace().nth(1).expect("a value").parse::<u64>().expect("a number") / 1024
+    }
+
     /// Processor time used so far, in clock ticks.
     pub(crate) fn ticks(&self) -> u64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("the agent runs");
@@ -163,6 +169,19 @@ impl Client {
 
     pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.stream.write_all(bytes.as_ref()).expect("the agent reads");
+    }
+
+    /// Whether the agent took all of it.
+    pub(crate) fn try_send(&mut self, bytes: &[u8]) -> bool {
+        self.stream.write_all(bytes).is_ok()
+    }
+
+    /// Waits until there is something to read, and leaves it there.
+    pub(crate) fn wait_for_something(&self) {
+        let mut watched = [rustix::event::PollFd::new(&self.stream, rustix::event::PollFlags::IN)];
+        let patience = rustix::event::Timespec::try_from(PATIENCE).expect("a time");
+        let seen = rustix::event::poll(&mut watched, Some(&patience)).expect("a socket");
+        assert!(seen > 0, "no answer in time");
     }
 
     /// The next line, without its newline.

@@ -1,6 +1,7 @@
 //! What a scene does inside the private root: starts agents, speaks to them, and looks whether writers wait.
 
 use guest_agent::freeze::mountinfo::{Mount, parse};
+use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -275,6 +276,12 @@ impl Channel {
             refused = if stream.write(request.as_bytes()).is_ok() { 0 } else { refused + 1 };
             thread::sleep(Duration::from_millis(if refused > 0 { 20 } else { 0 }));
         }
+    }
+
+    /// Waits until there is something to read, and leaves it there.
+    pub(crate) fn wait_for_something(&self) {
+        let mut watched = [PollFd::new(self.lines.get_ref(), PollFlags::IN)];
+        assert!(poll(&mut watched, Some(&ANSWER_MAX.try_into().unwrap())).unwrap() > 0, "no answer in time");
     }
 
     pub(crate) fn receive(&mut self) -> Value {

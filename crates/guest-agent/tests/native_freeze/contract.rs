@@ -35,6 +35,7 @@ scenes! {
             for _ in 0..100 {
                 rude.send("guest-info", json!({}));
             }
+            rude.wait_for_something();
             // Closed with answers in its buffer: the agent's socket sees a reset.
         }
         assert_eq!(host.ask("guest-fsfreeze-status", json!({}))["return"], "frozen");

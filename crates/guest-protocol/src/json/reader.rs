@@ -74,6 +74,10 @@ impl Message {
         self.parser = Parser::new();
     }
 
+    fn cost(&self) -> usize {
+        self.bytes + self.tokens * size_of::<Value>()
+    }
+
     /// Closing more than was opened ends a message too, as a broken one.
     fn is_open(&self) -> bool {
         (self.braces > 0 || self.brackets > 0) && self.braces >= 0 && self.brackets >= 0
@@ -94,9 +98,14 @@ impl Reader {
         self.after_limit = false;
     }
 
-    /// How long the latest value was, blanks aside.
+    /// What the latest value takes in memory, about: its text and its parts.
     pub fn value_bytes(&self) -> usize {
         self.value_bytes
+    }
+
+    /// What is kept of an unfinished message, about.
+    pub fn pending_bytes(&self) -> usize {
+        self.message.cost() + self.lexer.text().len()
     }
 
     /// Takes bytes from `input` up to the end of the next item; `None` when they are used up before.
@@ -151,7 +160,7 @@ impl Reader {
 
     fn end_message(&mut self) {
         if !self.message.is_open() {
-            self.value_bytes = self.message.bytes;
+            self.value_bytes = self.message.cost();
             self.message = Message::new();
         }
     }
