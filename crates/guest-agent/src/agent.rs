@@ -268,7 +268,7 @@ impl Agent {
         let connection = link.connection();
         if let Some(ticket) = connection.wants_piece()
             && let Some(transfer) = self.transfers.remove(&ticket)
-            && !self.commands.go_on(ticket, transfer)
+            && !self.commands.go_on(ticket, transfer, connection.take_spare())
         {
             connection.cut(ticket);
             self.busy.insert(number);

@@ -267,6 +267,44 @@ mod tests {
     }
 
     #[test]
+    fn arguments_about_files_processors_and_memory_are_refused_in_the_words_of_qemu_ga() {
+        refuses("guest-file-open", json!({"path": 1}), "Invalid parameter type for 'path', expected: string");
+        refuses("guest-file-write", json!({"handle": 1}), "Parameter 'buf-b64' is missing");
+        let whence = |whence: Value| json!({"handle": 1, "offset": 0, "whence": whence});
+        refuses("guest-file-seek", whence(json!("x")), "Parameter 'whence' does not accept value 'x'");
+        let words = "Invalid parameter type for 'whence', expected: integer";
+        refuses("guest-file-seek", whence(json!(1.5)), words);
+        let words = "Invalid parameter type for 'whence', expected: GuestFileWhence";
+        refuses("guest-file-seek", whence(json!(null)), words);
+        refuses(
+            "guest-fstrim",
+            json!({"minimum": "1"}),
+            "Invalid parameter type for 'minimum', expected: integer",
+        );
+        let vcpu = |vcpu: Value| json!({"vcpus": [vcpu]});
+        refuses("guest-set-vcpus", json!({}), "Parameter 'vcpus' is missing");
+        refuses(
+            "guest-set-vcpus",
+            vcpu(json!({"online": true})),
+            "Parameter 'vcpus[0].logical-id' is missing",
+        );
+        let words = "Parameter 'vcpus[0].x' is unexpected";
+        refuses("guest-set-vcpus", vcpu(json!({"logical-id": 0, "online": true, "x": 1})), words);
+        let block = |block: Value| json!({"mem-blks": [block]});
+        let words = "Parameter 'mem-blks[0].phys-index' expects uint64";
+        refuses("guest-set-memory-blocks", block(json!({"phys-index": 1.5, "online": true})), words);
+        let words = "Invalid parameter type for 'mem-blks[0].online', expected: boolean";
+        refuses("guest-set-memory-blocks", block(json!({"phys-index": -1, "online": 1})), words);
+        let Ok(Call::SetMemoryBlocks(wishes)) = read(
+            "guest-set-memory-blocks",
+            block(json!({"phys-index": -1, "online": true, "can-offline": false})),
+        ) else {
+            panic!("refused")
+        };
+        assert_eq!(wishes[0].phys_index, u64::MAX);
+    }
+
+    #[test]
     fn our_own_arguments_have_defaults_and_limits() {
         let Ok(Call::StillpointFreeze(freeze)) =
             read("stillpoint-freeze", json!({"id": "a", "lease_ms": 5000}))

@@ -70,6 +70,8 @@ pub struct Connection {
     behind: Vec<u8>,
     /// First pieces of other answers, which begin when the line has ended.
     held: VecDeque<(u64, Piece)>,
+    /// Memory of a piece that was sent, for a later one of its line.
+    spare: Option<Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -119,6 +121,7 @@ impl Connection {
             line: None,
             behind: Vec::new(),
             held: VecDeque::new(),
+            spare: None,
         }
     }
 
@@ -216,6 +219,11 @@ impl Connection {
         self.line.as_ref().filter(|_| self.unsent <= PIECE_WAITS_BYTES).map(|line| line.ticket)
     }
 
+    /// Memory for the text of that piece, with what was sent from it still in it.
+    pub fn take_spare(&mut self) -> Vec<u8> {
+        self.spare.take().unwrap_or_default()
+    }
+
     /// Ends the answer to a request after the pieces that were given: there are no more to be had.
     pub fn cut(&mut self, ticket: u64) {
         if self.line.as_ref().is_some_and(|line| line.ticket == ticket) {
@@ -232,16 +240,18 @@ impl Connection {
     pub fn sent(&mut self, bytes: usize) {
         self.sent += bytes;
         self.unsent -= bytes;
+        let is_only = self.output.len() == 1;
         let Some(chunk) = self.output.front_mut() else { return };
         if self.sent < chunk.len() {
             return;
         }
         self.sent = 0;
         // A small chunk's memory serves the next answer, a large one's is given back.
-        if self.output.len() == 1 && self.output[0].capacity() <= CHUNK_BYTES {
-            self.output[0].clear();
+        if is_only && chunk.capacity() <= CHUNK_BYTES {
+            chunk.clear();
         } else {
-            self.output.pop_front();
+            let sent = self.output.pop_front();
+            self.spare = sent.filter(|chunk| self.line.is_some() && chunk.capacity() > CHUNK_BYTES);
         }
     }
 
@@ -322,8 +332,14 @@ impl Connection {
             self.put(b"{\"return\": ");
             self.line = Some(Line { ticket, tail: String::new(), id });
         }
-        self.unsent += piece.text.len();
-        self.output.push_back(piece.text);
+        if self.unsent == 0 {
+            // The chunk that is kept for small answers must not stand before it.
+            self.output.clear();
+        }
+        if !piece.text.is_empty() {
+            self.unsent += piece.text.len();
+            self.output.push_back(piece.text);
+        }
         if let Some(line) = &mut self.line {
             line.tail = piece.tail;
         }
@@ -352,6 +368,7 @@ impl Connection {
 
     fn finish_line(&mut self) {
         let Some(line) = self.line.take() else { return };
+        self.spare = None;
         self.put(line.tail.as_bytes());
         self.end(line.id.as_ref());
         let behind = std::mem::take(&mut self.behind);

@@ -155,7 +155,7 @@ impl Files {
         found.lent_bytes = operation::bytes(&operation);
         found.waiting_bytes -= found.lent_bytes;
         let work = move || match operation {
-            FileOperation::Read(count) => Reading::new(file, count).next_piece(handle),
+            FileOperation::Read(count) => Reading::new(file, count).next_piece(handle, Vec::new()),
             FileOperation::Close => {
                 Done { handle: Some(handle), file: None, answer: Answer::Whole(operation::close(file)) }
             }
@@ -193,9 +193,15 @@ impl Files {
     }
 
     /// Goes on with an answer. False where it cannot; then the answer is to end.
-    pub(super) fn go_on(&mut self, jobs: &mut Jobs, ticket: u64, transfer: Transfer) -> bool {
+    pub(super) fn go_on(
+        &mut self,
+        jobs: &mut Jobs,
+        ticket: u64,
+        transfer: Transfer,
+        memory: Vec<u8>,
+    ) -> bool {
         let Transfer { handle, reading } = transfer;
-        let begun = jobs.start_on_file(ticket, handle, move || reading.next_piece(handle));
+        let begun = jobs.start_on_file(ticket, handle, move || reading.next_piece(handle, memory));
         if let Err(error) = &begun {
             log!(Error, "the file behind handle {handle} is lost: {error}");
             // What waits for it is answered when the host asks again.

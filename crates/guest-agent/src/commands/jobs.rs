@@ -1,19 +1,29 @@
 //! Work that may wait for a disk or another program, each in a thread of its own.
+//!
+//! A thread that worked on a file takes up more such work if there is any within a moment: a transfer is thousands of
+//! pieces, and each would cost a thread. Other threads are not used again, since a job may have changed what its thread may
+//! do.
 
 use super::Reply;
 use super::files::Done;
 use crate::poll::Bell;
 use guest_protocol::Error;
 use serde_json::Value;
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 /// Most jobs at once: a dead disk must not collect threads without end.
 const JOBS_MAX: usize = 16;
 
+/// How long a thread that worked on a file waits for more.
+const LINGER: Duration = Duration::from_millis(100);
+
 type Answer = Result<Value, Error>;
+type Task = Box<dyn FnOnce() + Send>;
 
 /// What a job brings.
 #[derive(Debug)]
@@ -28,6 +38,7 @@ pub(super) enum Finished {
 #[derive(Debug)]
 pub(super) struct Jobs {
     running: usize,
+    file_threads: Arc<FileThreads>,
     bell: Arc<Bell>,
     send: Sender<(u64, Finished)>,
     receive: Receiver<(u64, Finished)>,
@@ -36,7 +47,8 @@ pub(super) struct Jobs {
 impl Jobs {
     pub(super) fn new() -> io::Result<Jobs> {
         let (send, receive) = channel();
-        Ok(Jobs { running: 0, bell: Arc::new(Bell::new()?), send, receive })
+        let file_threads = Arc::new(FileThreads::default());
+        Ok(Jobs { running: 0, file_threads, bell: Arc::new(Bell::new()?), send, receive })
     }
 
     pub(super) fn bell(&self) -> BorrowedFd<'_> {
@@ -54,7 +66,8 @@ impl Jobs {
             return Reply::Now(Err(too_many()));
         }
         let failed = || Finished::Answer(Err(panicked()));
-        match self.spawn(ticket, || Finished::Answer(work()), failed) {
+        let task = self.task(ticket, || Finished::Answer(work()), failed);
+        match self.begun(thread(task)) {
             Ok(()) => Reply::Later,
             Err(error) => Reply::Now(Err(error)),
         }
@@ -74,27 +87,30 @@ impl Jobs {
         handle: i64,
         work: impl FnOnce() -> Done + Send + 'static,
     ) -> Result<(), Error> {
-        self.spawn(ticket, || Finished::File(work()), move || Finished::File(Done::lost(handle, panicked())))
+        let failed = move || Finished::File(Done::lost(handle, panicked()));
+        let task = self.task(ticket, || Finished::File(work()), failed);
+        let begun = FileThreads::begin(&self.file_threads, Box::new(task));
+        self.begun(begun)
     }
 
-    fn spawn(
-        &mut self,
+    fn task(
+        &self,
         ticket: u64,
         work: impl FnOnce() -> Finished + Send + 'static,
         failed: impl FnOnce() -> Finished + Send + 'static,
-    ) -> Result<(), Error> {
+    ) -> impl FnOnce() + Send + 'static {
         let (bell, send) = (self.bell.clone(), self.send.clone());
-        let job = move || {
+        move || {
             let finished =
                 std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| failed());
             // The receiver is gone only when the program ends.
             let _received = send.send((ticket, finished)).is_ok();
             bell.ring();
-        };
-        let thread = std::thread::Builder::new().name("job".to_owned()).stack_size(256 << 10);
-        // The thread is detached: its answer is all that is waited for.
-        let _thread =
-            thread.spawn(job).map_err(|error| Error::generic(format!("cannot start a thread: {error}")))?;
+        }
+    }
+
+    fn begun(&mut self, begun: io::Result<()>) -> Result<(), Error> {
+        begun.map_err(|error| Error::generic(format!("cannot start a thread: {error}")))?;
         self.running += 1;
         Ok(())
     }
@@ -105,6 +121,62 @@ impl Jobs {
         let finished: Vec<_> = self.receive.try_iter().collect();
         self.running -= finished.len();
         finished
+    }
+}
+
+/// Starts a detached thread: its answer is all that is waited for.
+fn thread(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    std::thread::Builder::new().name("job".to_owned()).stack_size(256 << 10).spawn(work).map(|_detached| ())
+}
+
+/// Threads that work on files, and linger.
+#[derive(Default)]
+struct FileThreads {
+    waiting: Mutex<Waiting>,
+    work: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    threads: usize,
+    /// Never more than threads that wait.
+    tasks: VecDeque<Task>,
+}
+
+impl std::fmt::Debug for FileThreads {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FileThreads").finish_non_exhaustive()
+    }
+}
+
+impl FileThreads {
+    /// Hands a task to a thread that waits, or else to a new one.
+    fn begin(this: &Arc<FileThreads>, task: Task) -> io::Result<()> {
+        // A panic cannot come between taking the lock and letting it go.
+        let mut waiting = this.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.threads > waiting.tasks.len() {
+            waiting.tasks.push_back(task);
+            this.work.notify_one();
+            return Ok(());
+        }
+        drop(waiting);
+        let this = Arc::clone(this);
+        thread(move || {
+            let mut next = Some(task);
+            while let Some(task) = next {
+                task();
+                next = this.wait();
+            }
+        })
+    }
+
+    fn wait(&self) -> Option<Task> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.threads += 1;
+        let waited = self.work.wait_timeout_while(waiting, LINGER, |waiting| waiting.tasks.is_empty());
+        let (mut waiting, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        waiting.threads -= 1;
+        waiting.tasks.pop_front()
     }
 }
 

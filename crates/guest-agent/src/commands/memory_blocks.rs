@@ -190,6 +190,18 @@ mod tests {
     }
 
     #[test]
+    fn memory_that_was_plugged_into_a_recorded_guest_is_told() {
+        let guest = crate::commands::recorded::Guest::recorded("q35");
+        let told = told(guest.path());
+        // 384 MiB of its own in blocks of 128, and 256 MiB that were plugged in beyond 4 GiB.
+        assert_eq!(
+            told,
+            [(0, true, true), (1, true, true), (2, true, true), (32, false, true), (33, false, true)]
+        );
+        assert_eq!(info(guest.path()).expect("a size").size, 128 << 20);
+    }
+
+    #[test]
     fn a_guest_without_blocks_has_none_and_no_size_of_them() {
         let guest = tempfile::tempdir().expect("a folder");
         assert_eq!(blocks(guest.path()), Ok(Vec::new()));

@@ -252,9 +252,10 @@ impl Commands {
         finished
     }
 
-    /// Fetches the next piece of an answer, which will be among `finished`. False where it cannot: then the answer ends.
-    pub fn go_on(&mut self, ticket: u64, transfer: Transfer) -> bool {
-        self.files.go_on(&mut self.jobs, ticket, transfer)
+    /// Fetches the next piece of an answer, which will be among `finished`, its text in `memory` if that is enough. False
+    /// where it cannot: then the answer ends.
+    pub fn go_on(&mut self, ticket: u64, transfer: Transfer, memory: Vec<u8>) -> bool {
+        self.files.go_on(&mut self.jobs, ticket, transfer, memory)
     }
 
     /// The rest of an answer is not wanted.

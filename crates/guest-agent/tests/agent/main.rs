@@ -9,6 +9,7 @@ mod daemon;
 mod exec;
 mod files;
 mod guest;
+mod machine;
 mod network;
 mod process;
 mod sandbox;

@@ -56,6 +56,7 @@ fn finish(mut members: Members) -> Result<(), Error> {
 fn wrapping(value: Value, path: &str) -> Result<u64, Error> {
     match value.as_i64() {
         Some(signed) => Ok(signed.cast_unsigned()),
-        None => members::unsigned(value, path),
+        // These are qemu-ga's words for a number without sign, unlike those for one with a sign.
+        None => value.as_u64().ok_or_else(|| Error::generic(format!("Parameter '{path}' expects uint64"))),
     }
 }

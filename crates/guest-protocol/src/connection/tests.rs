@@ -1,4 +1,4 @@
-use super::{Connection, Dispatch};
+use super::{Connection, Dispatch, Piece};
 use crate::json::Limits;
 use crate::{Call, Error};
 use proptest::prelude::*;
@@ -8,13 +8,20 @@ use serde_json::{Value, json};
 struct Host {
     connection: Connection,
     freezes: Vec<u64>,
+    /// Reads of files that have begun.
+    reads: Vec<u64>,
     log: Vec<String>,
 }
 
 impl Host {
     fn new() -> Self {
         let limits = Limits { error_position: false, ..Limits::default() };
-        Self { connection: Connection::new(limits, 7), freezes: Vec::new(), log: Vec::new() }
+        Self {
+            connection: Connection::new(limits, 7),
+            freezes: Vec::new(),
+            reads: Vec::new(),
+            log: Vec::new(),
+        }
     }
 
     fn says(&mut self, bytes: impl AsRef<[u8]>) -> &mut Self {
@@ -30,6 +37,7 @@ impl Host {
                 Err(error) => self.connection.answer(ticket, Err(error)),
                 Ok(Call::Sync(id)) => self.connection.answer(ticket, Ok(json!(id))),
                 Ok(Call::FsfreezeFreeze(_)) => self.freezes.push(ticket),
+                Ok(Call::File(_)) => self.reads.push(ticket),
                 Ok(_) => self.connection.answer(ticket, Ok(json!({}))),
             }
         }
@@ -44,8 +52,11 @@ impl Host {
 
     #[track_caller]
     fn hears(&mut self, expected: &str) -> &mut Self {
-        let output = self.connection.output().to_vec();
-        self.connection.sent(output.len());
+        let mut output = Vec::new();
+        while !self.connection.output().is_empty() {
+            output.extend_from_slice(self.connection.output());
+            self.connection.sent(self.connection.output().len());
+        }
         assert_eq!(String::from_utf8_lossy(&output), expected);
         self
     }
@@ -106,6 +117,87 @@ fn an_error_carries_the_id_too() {
     Host::new()
         .says(r#"{"execute":"nope","id":3}"#)
         .hears("{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"The command nope has not been found\"}, \"id\": 3}\n");
+}
+
+const READ: &str = r#"{"execute":"guest-file-read","arguments":{"handle":1}}"#;
+
+fn piece(text: &str, tail: &str, is_last: bool) -> Piece {
+    Piece { text: text.into(), tail: tail.to_owned(), is_last }
+}
+
+#[test]
+fn an_answer_in_pieces_is_one_line_and_others_wait_behind_it() {
+    let mut host = Host::new();
+    host.says(with_id(READ, "1")).says(with_id(READ, "2")).says(PING);
+    host.hears("{\"return\": {}}\n");
+    let [first, second] = host.reads[..] else { panic!("two reads have begun") };
+    assert!(host.connection.piece(first, piece("[1", "]", false)));
+    host.hears("{\"return\": [1");
+    assert_eq!(host.connection.wants_piece(), Some(first));
+    assert!(host.connection.piece(second, piece("[7", "]", false)), "held");
+    host.says(PING).hears("");
+    assert_eq!(host.connection.wants_piece(), Some(first));
+    assert!(host.connection.piece(first, piece(", 2", ", 3]", true)));
+    host.hears(", 2, 3], \"id\": 1}\n{\"return\": {}}\n{\"return\": [7");
+    assert_eq!(host.connection.wants_piece(), Some(second));
+    assert!(!host.connection.piece(first, piece("", "", false)), "it has ended");
+    host.connection.cut(second);
+    host.hears("], \"id\": 2}\n");
+    assert!(!host.connection.owes_answers());
+}
+
+#[test]
+fn a_request_without_id_waits_for_an_answer_in_pieces() {
+    let mut host = Host::new();
+    host.says(READ).says(PING).hears("");
+    let read = host.reads[0];
+    assert!(host.connection.piece(read, piece("[1", "]", false)));
+    host.hears("{\"return\": [1");
+    assert!(host.connection.piece(read, piece(", 2", "]", true)));
+    host.says("").hears(", 2]}\n{\"return\": {}}\n");
+}
+
+#[test]
+fn a_sync_ends_an_answer_in_pieces_as_a_shorter_one_that_is_whole() {
+    let mut host = Host::new();
+    host.says(READ).says(with_id(READ, "2"));
+    let [first, second] = host.reads[..] else { panic!("two reads have begun") };
+    assert!(host.connection.piece(first, piece("[1", "]", false)));
+    assert!(host.connection.piece(second, piece("[7", "]", false)), "held");
+    host.says(SYNC).hears("{\"return\": [1]}\n{\"return\": 5}\n");
+    assert!(!host.connection.is_wanted(first) && !host.connection.is_wanted(second));
+    assert!(!host.connection.piece(first, piece(", 2", "]", true)));
+    host.hears("");
+}
+
+#[test]
+fn a_host_that_leaves_takes_an_answer_in_pieces_with_it() {
+    let mut host = Host::new();
+    host.says(READ);
+    let read = host.reads[0];
+    assert!(host.connection.piece(read, piece("[1", "]", false)));
+    host.connection.hang_up();
+    assert!(!host.connection.piece(read, piece(", 2", "]", true)));
+    host.says(PING).hears("{\"return\": {}}\n");
+}
+
+#[test]
+fn the_next_piece_is_asked_for_when_little_is_left_to_be_sent_and_its_memory_comes_back() {
+    let mut host = Host::new();
+    host.says(READ);
+    let read = host.reads[0];
+    let large = "x".repeat(100_000);
+    assert!(host.connection.piece(read, piece(&large, "", false)));
+    assert_eq!(host.connection.wants_piece(), None);
+    let head = host.connection.output().len();
+    host.connection.sent(head);
+    host.connection.sent(40_000);
+    assert_eq!(host.connection.wants_piece(), Some(read));
+    assert!(host.connection.take_spare().is_empty());
+    host.connection.sent(60_000);
+    assert_eq!(host.connection.take_spare().len(), 100_000);
+    host.connection.cut(read);
+    host.hears("}\n");
 }
 
 #[test]

@@ -9,9 +9,10 @@ use base64::engine::general_purpose::STANDARD;
 use guest_protocol::answers::{FILE_READ_HEAD, FilePiece};
 use rustix::io::Errno;
 
-/// Bytes read for one piece: few enough to be little memory, enough to be worth a thread. A multiple of 3, so that the
-/// base64 of the pieces can be put together.
-const PIECE_BYTES: usize = 3 * (80 << 10);
+/// Bytes read for one piece: few enough to be little memory, enough to be worth the way to the thread and back.
+const PIECE_BYTES: usize = 84 << 10;
+/// Bytes read at a time, into the thread's own stack. A multiple of 3, as is what a piece holds of them.
+const CHUNK_BYTES: usize = 21 << 10;
 
 /// A file being read.
 #[derive(Debug)]
@@ -37,29 +38,43 @@ impl Reading {
         self.file
     }
 
-    pub(super) fn next_piece(mut self, handle: i64) -> Done {
-        let mut bytes = std::mem::take(&mut self.rest);
-        let wanted = usize::try_from(self.left).unwrap_or(usize::MAX).min(PIECE_BYTES - bytes.len());
-        let kept = bytes.len();
-        bytes.resize(kept + wanted, 0);
-        let (read, end) = read(&self.file, &mut bytes[kept..]);
-        bytes.truncate(kept + read);
+    pub(super) fn next_piece(mut self, handle: i64, memory: Vec<u8>) -> Done {
+        let head = if std::mem::replace(&mut self.is_begun, true) { &[] } else { FILE_READ_HEAD };
+        let room = self.left.min(PIECE_BYTES as u64) + self.rest.len() as u64;
+        let base64 = room.div_ceil(3) * 4;
+        let bytes = head.len() + usize::try_from(base64).unwrap_or(0);
+        // What is in it will be written over; new memory is zeroed by the kernel.
+        let mut text = if memory.len() >= bytes { memory } else { vec![0; bytes] };
+        text[..head.len()].copy_from_slice(head);
+        let mut filled = head.len();
+        let mut chunk = [0; CHUNK_BYTES + 2];
+        let mut end = End::No;
+        for _ in 0..PIECE_BYTES / CHUNK_BYTES {
+            let kept = self.rest.len();
+            chunk[..kept].copy_from_slice(&self.rest);
+            let wanted = usize::try_from(self.left).unwrap_or(usize::MAX).min(CHUNK_BYTES);
+            let read;
+            (read, end) = self::read(&self.file, &mut chunk[kept..kept + wanted]);
+            self.left -= read as u64;
+            self.count += read as u64;
+            let is_last = self.left == 0 || !matches!(end, End::No);
+            let whole = if is_last { kept + read } else { (kept + read) / 3 * 3 };
+            // The room is exactly what padded base64 takes.
+            filled += STANDARD.encode_slice(&chunk[..whole], &mut text[filled..]).unwrap_or(0);
+            self.rest.clear();
+            self.rest.extend_from_slice(&chunk[whole..kept + read]);
+            if is_last {
+                break;
+            }
+        }
         if let End::Error(errno) = end
-            && self.count + read as u64 == 0
+            && self.count == 0
         {
             note!("guest-file-read failed, handle: {handle}");
             return Done::new(handle, self.file, Err(failed("read file", errno)));
         }
-        self.left -= read as u64;
-        self.count += read as u64;
+        text.truncate(filled);
         let is_last = self.left == 0 || !matches!(end, End::No);
-        let whole = if is_last { bytes.len() } else { bytes.len() / 3 * 3 };
-        let mut text = Vec::new();
-        if !std::mem::replace(&mut self.is_begun, true) {
-            text.extend_from_slice(FILE_READ_HEAD);
-        }
-        encode(&bytes[..whole], &mut text);
-        self.rest = bytes[whole..].to_vec();
         let piece = FilePiece {
             text,
             count: self.count,
@@ -92,12 +107,4 @@ fn read(file: &OpenFile, bytes: &mut [u8]) -> (usize, End) {
         }
     }
     (read, End::No)
-}
-
-fn encode(bytes: &[u8], text: &mut Vec<u8>) {
-    let before = text.len();
-    text.resize(before + bytes.len().div_ceil(3) * 4, 0);
-    // The room is exactly what padded base64 takes.
-    let written = STANDARD.encode_slice(bytes, &mut text[before..]).unwrap_or(0);
-    text.truncate(before + written);
 }
