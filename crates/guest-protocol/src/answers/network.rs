@@ -81,9 +81,9 @@ pub struct NetworkRoute {
     /// 4: initial round-trip time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub irtt: Option<i64>,
-    /// The kernel's flags of a route.
+    /// The kernel's flags of a route; of 32 bits, and with all higher ones set where the highest of them is (version 6).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub flags: Option<i64>,
+    pub flags: Option<u64>,
     /// References.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refcnt: Option<i64>,

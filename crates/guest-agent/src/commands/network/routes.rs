@@ -31,6 +31,11 @@ pub(crate) fn routes(root: &Path) -> Result<Vec<NetworkRoute>, Error> {
     }
 }
 
+/// qemu-ga reads all numbers but the flags of version 4 as signed ones of 32 bits, also those whose highest bit is in use.
+fn signed(number: u32) -> i64 {
+    number.cast_signed().into()
+}
+
 /// Source: `fib_route_seq_show`, Linux `net/ipv4/fib_trie.c`: addresses are the bytes of memory as one number.
 fn parse_4(table: &str) -> Vec<NetworkRoute> {
     let address = |digits: &str| {
@@ -39,7 +44,7 @@ fn parse_4(table: &str) -> Vec<NetworkRoute> {
     };
     let route = |line: &str| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-        let number = |index: usize| fields.get(index)?.parse::<i64>().ok();
+        let number = |index: usize| Some(signed(fields.get(index)?.parse().ok()?));
         let text = |index: usize| address(fields.get(index)?);
         Some(NetworkRoute {
             iface: (*fields.first()?).to_owned(),
@@ -66,8 +71,7 @@ fn parse_6(table: &str) -> Vec<NetworkRoute> {
     let route = |line: &str| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
         let number = |index: usize| u32::from_str_radix(fields.get(index)?, 16).ok();
-        // In qemu-ga these are signed, and the highest bit of flags and metrics is in use.
-        let signed = |index: usize| number(index).map(|number| i64::from(number.cast_signed()));
+        let signed = |index: usize| number(index).map(signed);
         let text = |index: usize| Some(text(hexadecimal(fields.get(index)?)?.into()));
         Some(NetworkRoute {
             destination: text(0)?,
@@ -78,7 +82,7 @@ fn parse_6(table: &str) -> Vec<NetworkRoute> {
             metric: signed(5)?,
             refcnt: Some(signed(6)?),
             used: Some(signed(7)?),
-            flags: Some(signed(8)?),
+            flags: Some(signed(8)?.cast_unsigned()),
             iface: (*fields.get(9)?).to_owned(),
             version: 6,
             ..NetworkRoute::default()
@@ -97,7 +101,7 @@ mod tests {
     const RECORDED_4: &str = "\
 Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
 eth0\t00000000\t0202000A\t0003\t0\t0\t100\t00000000\t0\t0\t0
-eth0\t0002000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t1400\t0\t0
+eth0\t0002000A\t00000000\t0001\t0\t0\t4294967295\t00FFFFFF\t1400\t0\t0
 ";
     const RECORDED_6: &str = "\
 fe800000000000000000000000000000 40 00000000000000000000000000000000 00 00000000000000000000000000000000 00000100 00000001 00000000 00000001     eth0
@@ -128,13 +132,13 @@ fe800000000000005054 short
                 {"iface": "eth0", "destination": "0.0.0.0", "gateway": "10.0.2.2", "mask": "0.0.0.0",
                  "metric": 100, "flags": 3, "refcnt": 0, "use": 0, "mtu": 0, "window": 0, "irtt": 0, "version": 4},
                 {"iface": "eth0", "destination": "10.0.2.0", "gateway": "0.0.0.0", "mask": "255.255.255.0",
-                 "metric": 0, "flags": 1, "refcnt": 0, "use": 0, "mtu": 1400, "window": 0, "irtt": 0, "version": 4},
+                 "metric": -1, "flags": 1, "refcnt": 0, "use": 0, "mtu": 1400, "window": 0, "irtt": 0, "version": 4},
                 {"iface": "eth0", "destination": "fe80::", "desprefixlen": "64", "source": zero, "srcprefixlen": "0",
                  "nexthop": zero, "metric": 256, "refcnt": 1, "use": 0, "flags": 1, "version": 6},
                 {"iface": "eth0", "destination": zero, "desprefixlen": "0", "source": zero, "srcprefixlen": "0",
                  "nexthop": "fe80::2", "metric": 1024, "refcnt": 4, "use": 0, "flags": 4_521_987, "version": 6},
                 {"iface": "lo", "destination": zero, "desprefixlen": "0", "source": zero, "srcprefixlen": "0",
-                 "nexthop": zero, "metric": -1, "refcnt": 1, "use": 0, "flags": -2_145_385_984, "version": 6},
+                 "nexthop": zero, "metric": -1, "refcnt": 1, "use": 0, "flags": 18_446_744_071_564_165_632u64, "version": 6},
             ]))
         );
     }
