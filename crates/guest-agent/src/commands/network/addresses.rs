@@ -85,7 +85,7 @@ impl Sockets {
         }
         // SAFETY: the kernel reads and writes one `ifreq`, which is alive; afterwards the union holds an address.
         unsafe {
-            if libc::ioctl(self.0.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) != 0 {
+            if libc::ioctl(self.0.as_raw_fd(), libc::SIOCGIFHWADDR as _, &raw mut request) != 0 {
                 return None;
             }
             let bytes = request.ifr_ifru.ifru_hwaddr.sa_data;
