@@ -29,7 +29,10 @@ fn main() -> ExitCode {
             print(&(names.join("\n") + "\n"))
         }
         Err(Problem::Flag(problem)) => {
-            eprintln!("{program}: {problem}\nUnknown option, try '{program} --help' for more information.");
+            eprintln!("{program}: {problem}");
+            // It says so on standard output, as qemu-ga does; if that is closed, the code says it.
+            let _said =
+                print(&format!("Unknown option, try '{program} --help' for more information.\n")).is_ok();
             return ExitCode::FAILURE;
         }
         Err(Problem::Value(problem)) => {

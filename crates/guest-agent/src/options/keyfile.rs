@@ -47,7 +47,11 @@ impl KeyFile {
             };
             let Some(group) = &group else { return Err("Key file does not start with a group".to_owned()) };
             let name = line[..at].trim_ascii_end();
-            let valid = !name.iter().any(|byte| matches!(byte, b'[' | b']'));
+            // `name[de]` is the name for one language.
+            let language =
+                name.strip_suffix(b"]").and_then(|rest| rest.iter().rposition(|byte| *byte == b'['));
+            let bare = &name[..language.unwrap_or(name.len())];
+            let valid = !bare.is_empty() && !bare.iter().any(|byte| matches!(byte, b'[' | b']'));
             let name = String::from_utf8_lossy(name).into_owned();
             if !valid {
                 return Err(format!("Invalid key name: {name}"));
@@ -72,7 +76,7 @@ impl KeyFile {
             let value = String::from_utf8_lossy(bytes);
             return Err(format!("Key file contains key “{key}” with value “{value}” which is not UTF-8"));
         };
-        unescape(text).map(Some)
+        unescape(text).map(Some).ok_or_else(|| uninterpretable(key))
     }
 
     /// A value that is yes or no; `None` if there is no such key.
@@ -83,10 +87,7 @@ impl KeyFile {
             None => Ok(None),
             Some(b"true" | b"1") => Ok(Some(true)),
             Some(b"false" | b"0") => Ok(Some(false)),
-            Some(other) => {
-                let other = String::from_utf8_lossy(other);
-                Err(format!("Value “{other}” cannot be interpreted as a boolean."))
-            }
+            Some(_) => Err(uninterpretable(key)),
         }
     }
 
@@ -102,7 +103,12 @@ fn group_name(line: &[u8]) -> Option<&[u8]> {
     rest[end + 1..].iter().all(|byte| matches!(byte, b' ' | b'\t')).then_some(&rest[..end])
 }
 
-fn unescape(text: &str) -> Result<String, String> {
+fn uninterpretable(key: &str) -> String {
+    format!("Key file contains key “{key}” which has a value that cannot be interpreted.")
+}
+
+/// `None` where an escape does not exist.
+fn unescape(text: &str) -> Option<String> {
     let mut plain = String::with_capacity(text.len());
     let mut characters = text.chars();
     while let Some(character) = characters.next() {
@@ -110,19 +116,16 @@ fn unescape(text: &str) -> Result<String, String> {
             plain.push(character);
             continue;
         }
-        plain.push(match characters.next() {
-            Some('s') => ' ',
-            Some('n') => '\n',
-            Some('t') => '\t',
-            Some('r') => '\r',
-            Some('\\') => '\\',
-            Some(other) => {
-                return Err(format!("Key file contains invalid escape sequence “\\{other}”"));
-            }
-            None => return Err("Key file contains escape character at end of line".to_owned()),
+        plain.push(match characters.next()? {
+            's' => ' ',
+            'n' => '\n',
+            't' => '\t',
+            'r' => '\r',
+            '\\' => '\\',
+            _ => return None,
         });
     }
-    Ok(plain)
+    Some(plain)
 }
 
 /// A text as it stands in a key file. The other half of `KeyFile::string`.
@@ -177,8 +180,8 @@ mod tests {
             assert_eq!(parse(&format!("[a]\nx={word}")).boolean("a", "x"), Ok(Some(value)), "{word}");
         }
         for word in ["yes", "True", "", "2", "true;"] {
-            let words = format!("Value “{word}” cannot be interpreted as a boolean.");
-            assert_eq!(parse(&format!("[a]\nx={word}")).boolean("a", "x"), Err(words));
+            let words = "Key file contains key “x” which has a value that cannot be interpreted.";
+            assert_eq!(parse(&format!("[a]\nx={word}")).boolean("a", "x"), Err(words.to_owned()));
         }
     }
 
@@ -193,9 +196,11 @@ mod tests {
             ("[a]b", "Key file contains line “[a]b” which is not a key-value pair, group, or comment"),
             ("[]", "Invalid group name: "),
             ("[a[b]", "Invalid group name: a[b"),
+            ("[a]\nb]c=d", "Invalid key name: b]c"),
         ] {
             assert_eq!(KeyFile::parse(text.as_bytes()), Err(words.to_owned()), "{text}");
         }
+        assert_eq!(parse("[a]\nx[de]=1").keys("a").collect::<Vec<_>>(), ["x[de]"], "for one language");
         assert!(parse("[a]\nx=\\q").string("a", "x").is_err());
         assert!(parse("[a]\nx=a\\").string("a", "x").is_err());
         let not_utf8 = KeyFile::parse(b"[a]\nx=\xFF").expect("only the value is wrong");

@@ -1,6 +1,7 @@
 //! Key files, flags and what they come to.
 
 use crate::guest::Agent;
+use std::io::Write;
 use std::process::{Command, Output};
 
 fn run(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
@@ -34,7 +35,7 @@ fn a_key_file_is_named_by_the_environment_or_by_a_flag_and_flags_win() {
 fn a_key_file_that_is_wrong_or_was_named_and_is_missing_ends_the_start() {
     for (text, words) in [
         ("verbose=true\n", "Key file does not start with a group"),
-        ("[general]\ndaemon=maybe\n", "cannot be interpreted as a boolean"),
+        ("[general]\ndaemon=maybe\n", "which has a value that cannot be interpreted"),
         ("[stillpoint]\nfreeze-exclud=/a\n", "which does not exist"),
     ] {
         let file = file(text);
@@ -108,4 +109,79 @@ fn a_damaged_or_missing_state_folder_ends_the_start() {
     let output = start(folder.path().to_str().expect("plain"));
     assert_eq!(output.status.code(), Some(1));
     assert!(said(&output).contains("qga.state is no state file"), "{}", said(&output));
+}
+
+/// Debian 12's, if it is installed. It is started to print, and serves nobody.
+const STOCK: &str = "/usr/sbin/qemu-ga";
+
+/// Exit code and dump, as far as both versions know it.
+fn dumped(program: &str, flags: &[&str], key_file: &[u8]) -> (Option<i32>, String) {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(file.path(), key_file).expect("written");
+    let mut command = Command::new(program);
+    let output =
+        command.args(flags).arg("-D").env_clear().env("QGA_CONF", file.path()).output().expect("it runs");
+    let text = String::from_utf8_lossy(&output.stdout).replace(program, "qemu-ga");
+    (
+        output.status.code(),
+        text.lines().filter(|line| *line != "allow-rpcs=").map(|line| line.to_owned() + "\n").collect(),
+    )
+}
+
+#[test]
+fn key_files_and_flags_come_to_what_they_come_to_for_a_stock_qemu_ga() {
+    if !std::path::Path::new(STOCK).exists() {
+        writeln!(std::io::stderr(), "SKIPPED: there is no {STOCK}").expect("a standard error");
+        return;
+    }
+    let files: &[&[u8]] = &[
+        b"",
+        b"[general]\nverbose=1\nretry-path= true \ndaemon=false\n",
+        b"# c\n\n[general]\n#x\npath=#y\nlogfile= a  b \n",
+        b" [general] \n  path = x\n",
+        b"[general]\r\npath=x\r\n",
+        b"[general]\npath=1\n[x]\npath=3\n[general]\npath=2\nmethod=isa-serial\n",
+        b"[general]\npath=\\sx\\ty\\\\z\n",
+        b"[general]\npath=a=b\nlogfile=\xC3\xA9\n",
+        b"[general]\nblock-rpcs=a,b,c\n",
+        b"[general]\nblacklist=c,d\n",
+        b"[general]\na b=c\npath[de]=x\nunknown=y\n[g e]\nx=1\n",
+        b"[general]\nmethod=unix-listen\npath=/s\npidfile=/p\nstatedir=/t\nfsfreeze-hook=/h",
+        b"x=1\n",
+        b"[general\n",
+        b"[general]\nfoo\n",
+        b"[general]x\n",
+        b"[general]\n=x\n",
+        b"[general]\n;x\n",
+        b"[]\n",
+        b"[gen[eral]\n",
+        b"[general]\npa]th=x\n",
+        b"[general]\ndaemon=yes\n",
+        b"[general]\nverbose=\n",
+        b"[general]\nverbose=true;\n",
+        b"[general]\npath=a\\qb\n",
+        b"[general]\npath=a\\\n",
+        b"[general]\npath=\xFF\n",
+        b"\xEF\xBB\xBF[general]\npath=x\n",
+    ];
+    let flags: &[&[&str]] = &[
+        &[],
+        &["-b", "a,b", "-b", "c", "-F", "word"],
+        &["-vrd", "-misa-serial", "-F/x", "-f", "/a b", "-t/s", "-l", " l"],
+        &["--method=unix-listen", "--path", "/p\tq\\", "--fsfreeze-hook=/y", "--verb"],
+        &["--blacklist=x,y"],
+        &["-p"],
+        &["-x"],
+        &["--nope"],
+        &["--ver"],
+        &["--verbose=1"],
+    ];
+    let empty: &[u8] = b"";
+    let no_flags: &[&str] = &[];
+    let cases = files.iter().map(|file| (no_flags, *file)).chain(flags.iter().map(|flags| (*flags, empty)));
+    for (flags, file) in cases {
+        let (stock, ours) =
+            (dumped(STOCK, flags, file), dumped(env!("CARGO_BIN_EXE_stillpoint-agent"), flags, file));
+        assert_eq!(ours, stock, "{flags:?} {}", String::from_utf8_lossy(file));
+    }
 }
