@@ -8,7 +8,7 @@ mod open;
 mod operation;
 mod reading;
 
-use super::jobs::{self, Jobs};
+use super::jobs::Jobs;
 use super::{Delivery, Reply};
 use crate::state::Handles;
 use crate::{log, note};
@@ -88,9 +88,6 @@ impl Files {
     }
 
     pub(super) fn open(&mut self, jobs: &mut Jobs, ticket: u64, arguments: FileOpen) -> Reply {
-        if jobs.is_full() {
-            return Reply::Now(Err(jobs::too_many()));
-        }
         let numbers = self.numbers.clone();
         let work = move || {
             let opened = open::open(&arguments).and_then(|file| {
@@ -129,9 +126,6 @@ impl Files {
         }
         if found.waiting.len() >= WAITING_MAX || (in_flight > 0 && in_flight + bytes > WAITING_BYTES_MAX) {
             return Reply::Now(Err(Error::generic("too many requests wait for this file")));
-        }
-        if found.file.is_some() && jobs.is_full() {
-            return Reply::Now(Err(jobs::too_many()));
         }
         self.clock += 1;
         found.used = self.clock;
@@ -201,7 +195,7 @@ impl Files {
         memory: Vec<u8>,
     ) -> bool {
         let Transfer { handle, reading } = transfer;
-        let begun = jobs.start_on_file(ticket, handle, move || reading.next_piece(handle, memory));
+        let begun = jobs.go_on_with_file(ticket, handle, move || reading.next_piece(handle, memory));
         if let Err(error) = &begun {
             log!(Error, "the file behind handle {handle} is lost: {error}");
             // What waits for it is answered when the host asks again.

@@ -18,6 +18,8 @@ use std::time::Duration;
 
 /// Most jobs at once: a dead disk must not collect threads without end.
 const JOBS_MAX: usize = 16;
+/// Most jobs that wait for one of these places. A host may send as many requests at once as it may have unanswered.
+const WAITING_MAX: usize = 1024;
 
 /// How long a thread that worked on a file waits for more.
 const LINGER: Duration = Duration::from_millis(100);
@@ -34,10 +36,20 @@ pub(super) enum Finished {
     File(Done),
 }
 
+/// What thread a job takes.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    Own,
+    File,
+}
+
 /// Jobs that run, and answers that wait to be taken.
-#[derive(Debug)]
 pub(super) struct Jobs {
     running: usize,
+    /// By ticket, jobs that wait for a place.
+    waiting: VecDeque<(u64, Place, Task)>,
+    /// No job begins now.
+    is_held: bool,
     file_threads: Arc<FileThreads>,
     bell: Arc<Bell>,
     send: Sender<(u64, Finished)>,
@@ -48,7 +60,8 @@ impl Jobs {
     pub(super) fn new() -> io::Result<Jobs> {
         let (send, receive) = channel();
         let file_threads = Arc::new(FileThreads::default());
-        Ok(Jobs { running: 0, file_threads, bell: Arc::new(Bell::new()?), send, receive })
+        let bell = Arc::new(Bell::new()?);
+        Ok(Jobs { running: 0, waiting: VecDeque::new(), is_held: false, file_threads, bell, send, receive })
     }
 
     pub(super) fn bell(&self) -> BorrowedFd<'_> {
@@ -60,27 +73,24 @@ impl Jobs {
         self.bell.ring();
     }
 
-    /// Begins a job; its answer comes later, under the ticket.
+    /// While held, what is asked for waits: a guest that is frozen is left alone.
+    pub(super) fn hold(&mut self, is_held: bool) {
+        self.is_held = is_held;
+    }
+
+    /// Begins a job, or lets it wait; its answer comes later, under the ticket.
     pub(super) fn start(&mut self, ticket: u64, work: impl FnOnce() -> Answer + Send + 'static) -> Reply {
-        if self.is_full() {
-            return Reply::Now(Err(too_many()));
-        }
         let failed = || Finished::Answer(Err(panicked()));
         let task = self.task(ticket, || Finished::Answer(work()), failed);
-        match self.begun(thread(task)) {
+        match self.begin_or_wait(ticket, Place::Own, Box::new(task)) {
             Ok(()) => Reply::Later,
             Err(error) => Reply::Now(Err(error)),
         }
     }
 
-    /// Whether a job that nobody waits for yet would be refused.
-    pub(super) fn is_full(&self) -> bool {
-        self.running >= JOBS_MAX
-    }
-
-    /// Begins work on a file, whatever else is running: the open files bound how much of it there is.
+    /// Begins work on a file, or lets it wait.
     /// # Errors
-    /// When there is no thread to be had; what the work held is gone then.
+    /// When there is neither a thread to be had nor a place to wait; what the work held is gone then.
     pub(super) fn start_on_file(
         &mut self,
         ticket: u64,
@@ -89,8 +99,57 @@ impl Jobs {
     ) -> Result<(), Error> {
         let failed = move || Finished::File(Done::lost(handle, panicked()));
         let task = self.task(ticket, || Finished::File(work()), failed);
-        let begun = FileThreads::begin(&self.file_threads, Box::new(task));
-        self.begun(begun)
+        self.begin_or_wait(ticket, Place::File, Box::new(task))
+    }
+
+    /// Goes on with work on a file, whatever else is running: each client hears one answer at a time.
+    /// # Errors
+    /// When there is no thread to be had; what the work held is gone then.
+    pub(super) fn go_on_with_file(
+        &mut self,
+        ticket: u64,
+        handle: i64,
+        work: impl FnOnce() -> Done + Send + 'static,
+    ) -> Result<(), Error> {
+        let failed = move || Finished::File(Done::lost(handle, panicked()));
+        let task = self.task(ticket, || Finished::File(work()), failed);
+        self.begin(Place::File, Box::new(task))
+    }
+
+    /// Begins what waited, as far as there are places.
+    pub(super) fn begin_waiting(&mut self) {
+        while !self.is_held
+            && self.running < JOBS_MAX
+            && let Some((ticket, place, task)) = self.waiting.pop_front()
+        {
+            if let Err(error) = self.begin(place, task) {
+                // It did not run, so nobody else answers. Counted as one that did.
+                self.running += 1;
+                let _received = self.send.send((ticket, Finished::Answer(Err(error)))).is_ok();
+                self.bell.ring();
+            }
+        }
+    }
+
+    fn begin_or_wait(&mut self, ticket: u64, place: Place, task: Task) -> Result<(), Error> {
+        if !self.is_held && self.running < JOBS_MAX {
+            return self.begin(place, task);
+        }
+        if self.waiting.len() >= WAITING_MAX {
+            return Err(Error::generic("too many commands are running"));
+        }
+        self.waiting.push_back((ticket, place, task));
+        Ok(())
+    }
+
+    fn begin(&mut self, place: Place, task: Task) -> Result<(), Error> {
+        let begun = match place {
+            Place::Own => thread(task),
+            Place::File => FileThreads::begin(&self.file_threads, task),
+        };
+        begun.map_err(|error| Error::generic(format!("cannot start a thread: {error}")))?;
+        self.running += 1;
+        Ok(())
     }
 
     fn task(
@@ -109,18 +168,18 @@ impl Jobs {
         }
     }
 
-    fn begun(&mut self, begun: io::Result<()>) -> Result<(), Error> {
-        begun.map_err(|error| Error::generic(format!("cannot start a thread: {error}")))?;
-        self.running += 1;
-        Ok(())
-    }
-
     /// What has become ready.
     pub(super) fn finished(&mut self) -> Vec<(u64, Finished)> {
         self.bell.silence();
         let finished: Vec<_> = self.receive.try_iter().collect();
         self.running -= finished.len();
         finished
+    }
+}
+
+impl std::fmt::Debug for Jobs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Jobs").field("running", &self.running).field("waiting", &self.waiting.len()).finish()
     }
 }
 
@@ -178,10 +237,6 @@ impl FileThreads {
         waiting.threads -= 1;
         waiting.tasks.pop_front()
     }
-}
-
-pub(super) fn too_many() -> Error {
-    Error::generic("too many commands are running")
 }
 
 fn panicked() -> Error {

@@ -237,6 +237,7 @@ impl Commands {
 
     /// What has become ready, by ticket.
     pub fn finished(&mut self) -> Vec<(u64, Delivery)> {
+        self.jobs.hold(self.runs.is_frozen());
         let mut finished = std::mem::take(&mut self.besides);
         for (ticket, outcome) in self.runs.finished() {
             finished.push((ticket, Delivery::Answer(fsfreeze::outcome(outcome))));
@@ -249,6 +250,7 @@ impl Commands {
                 }
             }
         }
+        self.jobs.begin_waiting();
         finished
     }
 

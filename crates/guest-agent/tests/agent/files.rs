@@ -461,3 +461,28 @@ fn a_state_file_that_cannot_be_understood_is_fatal() {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("qga.state"), "{said}");
 }
+
+#[test]
+fn a_host_may_ask_for_more_at_once_than_is_done_at_once() {
+    let (agent, place) = (Agent::start(), Place::new());
+    let mut client = agent.client();
+    let handles: Vec<i64> =
+        (0..40).map(|nth| open(&mut client, &place.file(&nth.to_string(), nth.to_string()), "r")).collect();
+    let read = |(nth, handle): (usize, &i64)| {
+        json!({"execute": "guest-file-read", "arguments": {"handle": handle}, "id": nth}).to_string()
+    };
+    let others = (0..100).map(|_| r#"{"execute":"guest-get-vcpus","id":"x"}"#.to_owned());
+    client.send(handles.iter().enumerate().map(read).chain(others).collect::<String>());
+    let mut read = 0;
+    for _ in 0..140 {
+        let answer: Value = serde_json::from_str(&client.line()).expect("JSON");
+        let Some(nth) = answer["id"].as_u64() else {
+            assert!(answer["return"].is_array(), "{answer}");
+            continue;
+        };
+        let text = STANDARD.decode(answer["return"]["buf-b64"].as_str().expect("a text")).expect("base64");
+        assert_eq!(text, nth.to_string().as_bytes());
+        read += 1;
+    }
+    assert_eq!(read, 40);
+}

@@ -9,10 +9,11 @@ use base64::engine::general_purpose::STANDARD;
 use guest_protocol::answers::{FILE_READ_HEAD, FilePiece};
 use rustix::io::Errno;
 
-/// Bytes read for one piece: few enough to be little memory, enough to be worth the way to the thread and back.
-const PIECE_BYTES: usize = 84 << 10;
+/// Bytes read for one piece, at least and at most: a sixteenth of what is asked for, since each piece costs the way to the
+/// thread and back, and a host that asks for much expects it to cost memory.
+const PIECE_BYTES: (u64, u64) = (60 << 10, 240 << 10);
 /// Bytes read at a time, into the thread's own stack. A multiple of 3, as is what a piece holds of them.
-const CHUNK_BYTES: usize = 21 << 10;
+const CHUNK_BYTES: usize = 15 << 10;
 
 /// A file being read.
 #[derive(Debug)]
@@ -20,6 +21,8 @@ pub(super) struct Reading {
     file: OpenFile,
     /// Bytes still to be read.
     left: u64,
+    /// Chunks that make a piece.
+    chunks: u64,
     /// Bytes that were read.
     count: u64,
     /// The latest of them, which wait for others to fill a group of three.
@@ -31,7 +34,8 @@ impl Reading {
     /// A reading of `count` bytes, which is not negative.
     pub(super) fn new(file: OpenFile, count: i64) -> Reading {
         let left = u64::try_from(count).unwrap_or(0);
-        Reading { file, left, count: 0, rest: Vec::new(), is_begun: false }
+        let chunks = (left / 16).clamp(PIECE_BYTES.0, PIECE_BYTES.1) / CHUNK_BYTES as u64;
+        Reading { file, left, chunks, count: 0, rest: Vec::new(), is_begun: false }
     }
 
     pub(super) fn into_file(self) -> OpenFile {
@@ -40,7 +44,7 @@ impl Reading {
 
     pub(super) fn next_piece(mut self, handle: i64, memory: Vec<u8>) -> Done {
         let head = if std::mem::replace(&mut self.is_begun, true) { &[] } else { FILE_READ_HEAD };
-        let room = self.left.min(PIECE_BYTES as u64) + self.rest.len() as u64;
+        let room = self.left.min(self.chunks * CHUNK_BYTES as u64) + self.rest.len() as u64;
         let base64 = room.div_ceil(3) * 4;
         let bytes = head.len() + usize::try_from(base64).unwrap_or(0);
         // What is in it will be written over; new memory is zeroed by the kernel.
@@ -49,7 +53,7 @@ impl Reading {
         let mut filled = head.len();
         let mut chunk = [0; CHUNK_BYTES + 2];
         let mut end = End::No;
-        for _ in 0..PIECE_BYTES / CHUNK_BYTES {
+        for _ in 0..self.chunks {
             let kept = self.rest.len();
             chunk[..kept].copy_from_slice(&self.rest);
             let wanted = usize::try_from(self.left).unwrap_or(usize::MAX).min(CHUNK_BYTES);

@@ -116,3 +116,45 @@ fn another_part_of_a_device_is_listed_and_the_same_part_once() {
         fsinfo(guest.path()).expect("a table").into_iter().map(|filesystem| filesystem.mountpoint).collect();
     assert_eq!(mountpoints, ["/home", "/"], "last mounted first");
 }
+
+#[test]
+fn d6_a_second_mount_is_told_but_not_each_of_thousands() {
+    let mut table = "22 1 254:0 / / rw - ext4 /dev/vda rw\n".to_owned();
+    for nth in 0..3000 {
+        table += &format!("{} 22 254:0 /pods/{nth} /run/pods/{nth} rw - ext4 /dev/vda rw\n", nth + 23);
+    }
+    table += "9000 22 254:16 / /data rw - xfs /dev/vdb rw\n";
+    let guest = Guest::new(&table);
+    let told = fsinfo(guest.path()).expect("a table");
+    let mountpoints: Vec<_> = told.iter().map(|filesystem| filesystem.mountpoint.as_str()).collect();
+    assert_eq!(mountpoints.len(), 65);
+    assert_eq!((mountpoints.first(), mountpoints.last()), (Some(&"/data"), Some(&"/")));
+    assert!(mountpoints.contains(&"/run/pods/0"));
+}
+
+#[test]
+fn d7_file_systems_without_a_device_number_are_told() {
+    let guest = Guest::new(concat!(
+        "22 1 0:30 / / rw - zfs rpool/ROOT/debian rw\n",
+        "23 22 0:31 / /home rw - zfs rpool/home rw\n",
+        "24 22 0:32 / /srv rw - bcachefs /dev/sda:/dev/sdb rw\n",
+        "25 22 0:33 / /flash rw - ubifs ubi0:rootfs rw\n",
+        "26 22 0:34 / /nfs rw - nfs4 server:/export rw\n",
+        "27 22 0:35 / /run rw - tmpfs tmpfs rw\n",
+        "28 22 0:36 / /var/lib/x rw - overlay overlay rw\n",
+    ));
+    let told: Vec<_> = fsinfo(guest.path())
+        .expect("a table")
+        .into_iter()
+        .map(|filesystem| format!("{} {} {}", filesystem.kind, filesystem.name, filesystem.mountpoint))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            "ubifs ubi0:rootfs /flash",
+            "bcachefs /dev/sda:/dev/sdb /srv",
+            "zfs rpool/home /home",
+            "zfs rpool/ROOT/debian /"
+        ]
+    );
+}
