@@ -114,7 +114,6 @@ fn is_offered(root: &Path, state: &str) -> bool {
         && states.split_whitespace().any(|offered| offered == state)
 }
 
-/// Written in place: qemu-ga makes a new file beside it and renames that, which sysfs never allows.
 fn write_state(root: &Path, state: &str) -> Result<(), Error> {
     let file = File::options().write(true).open(root.join("sys/power/state"));
     file.and_then(|mut file| file.write_all(state.as_bytes())).map_err(|error| {
