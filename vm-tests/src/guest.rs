@@ -57,6 +57,7 @@ pub struct GuestBuilder {
     append: String,
     arguments: Vec<String>,
     older_agent: Option<PathBuf>,
+    delivered: Vec<PathBuf>,
     lifetime: Duration,
 }
 
@@ -132,6 +133,13 @@ impl GuestBuilder {
         self
     }
 
+    /// More files for the guest, which has them in `/run/stillpoint`.
+    #[must_use]
+    pub fn deliver<P: Into<PathBuf>>(mut self, files: impl IntoIterator<Item = P>) -> Self {
+        self.delivered.extend(files.into_iter().map(Into::into));
+        self
+    }
+
     /// When QEMU is killed whatever the test does; 15 minutes unless said.
     #[must_use]
     pub fn lifetime(mut self, lifetime: Duration) -> Self {
@@ -155,20 +163,8 @@ impl GuestBuilder {
             ],
         };
         let initrd = folder.path().join("initrd.img");
-        write_initrd(image, self.agent, self.init, self.older_agent.as_deref(), &initrd)?;
-        let agent = match self.agent {
-            Agent::Ours => "ours",
-            Agent::Stock => "stock",
-            Agent::None => "none",
-        };
-        // An emulated TSC runs at the speed of a busy host: the guest's clock once ran at twice the speed with it.
-        let clock = if accelerator == Accelerator::Tcg { "tsc=unstable clocksource=hpet" } else { "" };
-        let init =
-            if self.init == Init::Systemd { "stillpoint.init=systemd systemd.show_status=0" } else { "" };
-        let append = format!(
-            "console=ttyS0 quiet mitigations=off panic=-1 {clock} stillpoint.agent={agent} {init}{}",
-            self.append
-        );
+        write_initrd(image, self.agent, self.init, self.older_agent.as_deref(), &self.delivered, &initrd)?;
+        let append = kernel_words(self.agent, self.init, accelerator) + &self.append;
         let started = Instant::now();
         let qemu = Qemu::start(
             folder.path(),
@@ -191,12 +187,26 @@ impl GuestBuilder {
     }
 }
 
-/// The image's own initrd, and behind it the programs of this checkout.
-fn write_initrd(
+/// The kernel command line of a guest with this agent and init.
+pub(crate) fn kernel_words(agent: Agent, init: Init, accelerator: Accelerator) -> String {
+    let agent = match agent {
+        Agent::Ours => "ours",
+        Agent::Stock => "stock",
+        Agent::None => "none",
+    };
+    // An emulated TSC runs at the speed of a busy host: the guest's clock once ran at twice the speed with it.
+    let clock = if accelerator == Accelerator::Tcg { "tsc=unstable clocksource=hpet" } else { "" };
+    let init = if init == Init::Systemd { "stillpoint.init=systemd systemd.show_status=0" } else { "" };
+    format!("console=ttyS0 quiet mitigations=off panic=-1 {clock} stillpoint.agent={agent} {init}")
+}
+
+/// The image's own initrd, and behind it the programs of this checkout and what else is delivered.
+pub(crate) fn write_initrd(
     image: &Image,
     agent: Agent,
     init: Init,
     older: Option<&Path>,
+    delivered: &[PathBuf],
     path: &Path,
 ) -> io::Result<()> {
     std::fs::copy(image.initrd(), path)?;
@@ -215,6 +225,10 @@ fn write_initrd(
     if let Some(older) = older {
         overlay.add_program("stillpoint/agent-older", &std::fs::read(older)?);
         overlay.add_program("stillpoint/agent-today", &std::fs::read(image.agent())?);
+    }
+    for path in delivered {
+        let name = path.file_name().unwrap_or_default().display();
+        overlay.add_file(&format!("stillpoint/{name}"), &std::fs::read(path)?);
     }
     overlay.finish(&mut file)
 }
@@ -249,6 +263,7 @@ impl Guest {
             append: String::new(),
             arguments: Vec::new(),
             older_agent: None,
+            delivered: Vec::new(),
             lifetime: Duration::from_secs(15 * 60),
         }
     }

@@ -24,13 +24,8 @@ impl Image {
     pub fn get() -> &'static Self {
         static IMAGE: OnceLock<Image> = OnceLock::new();
         IMAGE.get_or_init(|| {
-            let text = std::env::var("STILLPOINT_GUEST").unwrap_or_else(|_| ask_xtask());
-            let member = |name: &str| {
-                let line = text.lines().find_map(|line| line.strip_prefix(&format!("{name}=")));
-                PathBuf::from(
-                    line.unwrap_or_else(|| panic!("`cargo xtask guest` does not name its {name}: {text}")),
-                )
-            };
+            let text = std::env::var("STILLPOINT_GUEST").unwrap_or_else(|_| ask_xtask("guest"));
+            let member = |name: &str| member(&text, name);
             Self { folder: member("image"), agent: member("agent"), load: member("load") }
         })
     }
@@ -78,14 +73,21 @@ impl Image {
     }
 }
 
-fn ask_xtask() -> String {
+/// One of the paths that `cargo xtask` prints, a line `NAME=PATH` each.
+pub(crate) fn member(text: &str, name: &str) -> PathBuf {
+    let line = text.lines().find_map(|line| line.strip_prefix(&format!("{name}=")));
+    PathBuf::from(line.unwrap_or_else(|| panic!("`cargo xtask` does not name its {name}: {text}")))
+}
+
+/// What `cargo xtask COMMAND` prints.
+pub(crate) fn ask_xtask(command: &str) -> String {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
-        .args(["run", "--quiet", "--package", "xtask", "--", "guest"])
+        .args(["run", "--quiet", "--package", "xtask", "--", command])
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .stderr(std::process::Stdio::inherit())
         .output()
         .unwrap_or_else(|error| panic!("cargo does not start: {error}"));
-    assert!(output.status.success(), "`cargo xtask guest` failed: {}", output.status);
+    assert!(output.status.success(), "`cargo xtask {command}` failed: {}", output.status);
     String::from_utf8_lossy(&output.stdout).into_owned()
 }

@@ -29,10 +29,12 @@ mod image;
 pub mod lying_agent;
 mod ordeal;
 mod overlay;
+pub mod packages;
 mod process;
 mod proof;
 mod qemu;
 mod stillpoint;
+pub mod view;
 
 pub use accelerator::{Accelerator, accelerator};
 pub use acks::{Ack, Acks};

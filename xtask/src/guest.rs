@@ -46,7 +46,7 @@ pub(crate) fn agent() -> Result<PathBuf, String> {
 }
 
 /// Builds our agent and the load, static, and returns their folder.
-fn programs() -> Result<PathBuf, String> {
+pub(crate) fn programs() -> Result<PathBuf, String> {
     let build = [
         "build",
         "--quiet",

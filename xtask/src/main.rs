@@ -1,10 +1,12 @@
 //! The project's own commands: setup, test, demo, bench, fuzz, check.
 
+mod beside;
 mod check;
 mod fuzz;
 mod guest;
 mod lanes;
 mod later_qemu;
+mod packages;
 mod python;
 mod setup;
 mod stage;
@@ -32,6 +34,8 @@ cargo xtask COMMAND
   guest-image    builds the guest image, if this recipe's is not there yet
   later-qemu     fetches a QEMU later than Debian 12's, if it is not there yet; prints the folder of its programs
   stock-agents   fetches guest agents later than Debian 12's, if they are not there yet; prints their folders
+  packages       builds the packages of agent and host, deb and rpm; prints where they are
+  package-parts  builds and fetches what the tests of packages and libvirt need; prints where it is
   setup          installs the Debian packages that the tests need; the others call it";
 
 fn main() -> ExitCode {
@@ -56,6 +60,10 @@ fn main() -> ExitCode {
         "stock-agents" => {
             setup::setup().and_then(|()| stock_agents::folders()).map(|folders| println!("{folders}"))
         }
+        "packages" => setup::setup()
+            .and_then(|()| packages::all())
+            .map(|built| built.iter().for_each(|package| println!("{}", package.display()))),
+        "package-parts" => setup::setup().and_then(|()| packages::parts()).map(|parts| println!("{parts}")),
         "setup" => setup::setup(),
         "help" | "--help" | "-h" => {
             println!("{USAGE}");
@@ -84,6 +92,7 @@ fn test() -> Result<(), String> {
 fn test_long() -> Result<(), String> {
     let mut stages = Stages::new();
     let (targets, parts, later) = quick_tests(&mut stages)?;
+    stages.run("packages of agent and host", packages::all)?;
     stages.run("long tests", || targets.without_guests(&["--ignored"]))?;
     stages.run("simulation, 10,000 schedules", || {
         cargo(&["test", "--package", "simulation", "--test", "runs", "--", "--nocapture", "no_schedule"])
@@ -111,7 +120,10 @@ fn quick_tests(stages: &mut Stages) -> Result<(Targets, guest::Parts, PathBuf), 
     let parts = stages.run("guest image, agent and load", guest::parts)?;
     // The tests run the program as a user does, so it must be there beside them.
     stages.run("build", || cargo(&["build", "--quiet", "--workspace", "--bin", "stillpoint"]).run())?;
-    stages.run("tests in real guests", || targets.in_guests(&parts, &[], &[]))?;
+    let packages = stages.run("packages, and libvirt", packages::parts)?.to_string();
+    stages.run("tests in real guests", || {
+        targets.in_guests(&parts, &[], &[("STILLPOINT_PACKAGES", &packages)])
+    })?;
     let later = stages.run("a later QEMU", later_qemu::programs)?;
     let path = later_qemu::path_with(&later);
     stages.run("what speaks with QEMU, with the later one", || {

@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 /// Package, and what of ours needs it. Debian 12 names.
-const PACKAGES: [(&str, &str); 19] = [
+const PACKAGES: [(&str, &str); 21] = [
     ("build-essential", "the compiler and linker for crates with C inside"),
     ("ca-certificates", "downloads of packages and crates"),
     ("qemu-system-x86", "runs the guests"),
@@ -25,6 +25,8 @@ const PACKAGES: [(&str, &str); 19] = [
     ("strace", "shows that the agent opens nothing while frozen"),
     ("python3-pip", "fetches PostgreSQL 18 for the agent's tests"),
     ("python3-venv", "holds what the rescue reader imports"),
+    ("groff-base", "reads the manual's pages"),
+    ("rpm", "builds the RPM packages"),
     ("util-linux", "setpriv, unshare, losetup"),
     ("mount", "mounts in freeze tests' own namespaces"),
     ("postgresql-15", "a real server for the agent's PostgreSQL tests; it is not started"),
