@@ -26,6 +26,7 @@ mod gate;
 mod guest;
 mod harness;
 mod image;
+pub mod libvirt;
 pub mod lying_agent;
 mod ordeal;
 mod overlay;
