@@ -9,7 +9,9 @@ use guest_protocol::Error;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
+};
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -20,6 +22,9 @@ use std::time::{Duration, Instant};
 const OUTPUT_BYTES_MAX: usize = 16 << 10;
 /// Where helpers are, if the agent was started with an empty environment.
 const PATH_UNSET: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// How often a helper's end is looked for where the kernel cannot tell it.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// How a helper ended, and what it said.
 #[derive(Debug)]
@@ -79,7 +84,9 @@ pub(super) fn wait_for(
 ) -> Result<Ended, Failure> {
     let (mut child, mut pipes) = start(argv, input)?;
     let deadline = time_max.map(|limit| Instant::now() + limit);
-    let waited = pipes.serve_until_end(&child, deadline);
+    // Before Linux 5.3 there is no such descriptor.
+    let end = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).ok();
+    let waited = pipes.serve_until_end(&child, end, deadline);
     if !matches!(waited, Ok(true)) {
         // Its session's group has its id; where it is gone already, there is nothing to end.
         let _killed = kill_process_group(Pid::from_child(&child), Signal::KILL).is_ok();
@@ -139,22 +146,33 @@ fn start<'i>(argv: &[&str], input: Option<&'i [u8]>) -> Result<(Child, Pipes<'i>
 
 impl Pipes<'_> {
     /// Feeds the helper and listens to it until it has ended (true) or its time is over (false).
-    fn serve_until_end(&mut self, child: &Child, deadline: Option<Instant>) -> io::Result<bool> {
-        let end = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    fn serve_until_end(
+        &mut self,
+        child: &Child,
+        end: Option<OwnedFd>,
+        deadline: Option<Instant>,
+    ) -> io::Result<bool> {
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
                 return Ok(false);
             }
-            let mut watched = vec![PollFd::new(&end, PollFlags::IN)];
-            watched.extend(self.output.as_ref().map(|pipe| PollFd::new(pipe, PollFlags::IN)));
-            watched.extend(self.input.as_ref().map(|(pipe, _)| PollFd::new(pipe, PollFlags::OUT)));
-            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+            let watched = [
+                end.as_ref().map(|end| PollFd::new(end, PollFlags::IN)),
+                self.output.as_ref().map(|pipe| PollFd::new(pipe, PollFlags::IN)),
+                self.input.as_ref().map(|(pipe, _)| PollFd::new(pipe, PollFlags::OUT)),
+            ];
+            let mut watched: Vec<PollFd<'_>> = watched.into_iter().flatten().collect();
+            let at_most = if end.is_some() { left } else { Some(left.map_or(LOOK, |left| left.min(LOOK))) };
+            let timeout = at_most.and_then(|at_most| Timespec::try_from(at_most).ok());
             match poll(&mut watched, timeout.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
-            let has_ended = !watched[0].revents().is_empty();
+            let has_ended = match &end {
+                Some(_) => !watched[0].revents().is_empty(),
+                None => has_ended(child),
+            };
             drop(watched);
             if has_ended {
                 return Ok(true);
@@ -195,9 +213,15 @@ impl Pipes<'_> {
     }
 }
 
+/// Leaves it to be waited for.
+fn has_ended(child: &Child) -> bool {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    waitid(WaitId::Pid(Pid::from_child(child)), options).is_ok_and(|status| status.is_some())
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{OUTPUT_BYTES_MAX, run, wait_for};
+    use super::{OUTPUT_BYTES_MAX, run, start, wait_for};
     use std::time::{Duration, Instant};
 
     fn shell(script: &str) -> Result<(), String> {
@@ -240,6 +264,23 @@ mod tests {
         let ended = wait_for(&flood, None, None).expect("it ran");
         assert_eq!(ended.output.len(), OUTPUT_BYTES_MAX);
         assert!(ended.status.success());
+    }
+
+    #[test]
+    fn on_an_old_kernel_the_end_is_seen_too() {
+        let (mut child, mut pipes) =
+            start(&["/bin/sh", "-c", "cat; sleep 30 & exit 4"], Some(b"said")).expect("it runs");
+        let begin = Instant::now();
+        assert!(pipes.serve_until_end(&child, None, None).expect("it is waited for"));
+        assert!(begin.elapsed() < Duration::from_secs(20), "it waited for the grandchild");
+        assert_eq!(child.wait().expect("it ended").code(), Some(4));
+        pipes.read_what_is_there();
+        assert_eq!(pipes.said, b"said");
+        let (mut child, mut pipes) = start(&["/bin/sleep", "30"], None).expect("it runs");
+        let deadline = Some(Instant::now() + Duration::from_millis(200));
+        assert!(!pipes.serve_until_end(&child, None, deadline).expect("it is waited for"));
+        child.kill().expect("it runs");
+        child.wait().expect("it ended");
     }
 
     #[test]
