@@ -149,9 +149,9 @@ fn d28_clients_that_never_end_their_messages_do_not_eat_the_guests_memory() {
 #[test]
 fn d28_a_message_of_many_small_parts_counts_as_what_it_takes() {
     let agent = Agent::start();
-    let mut greedy: Vec<_> = (0..8).map(|_| agent.client()).collect();
-    // 2 MiB that become 64 MiB of values; one more would be one too many.
-    let parts = "1,".repeat(1 << 20);
+    let mut greedy: Vec<_> = (0..16).map(|_| agent.client()).collect();
+    // 2 MiB that become 32 MiB of values and more; a message of more parts is refused.
+    let parts = "1,".repeat((1 << 20) - 8);
     for client in &mut greedy {
         let _taken = client.try_send(b"[") && client.try_send(parts.as_bytes());
         assert!(agent.resident_mib() < 300, "{} MiB", agent.resident_mib());
