@@ -20,7 +20,7 @@ fn main() -> ExitCode {
         Ok(Wish::Run(options)) => return run(*options),
         Ok(Wish::Dump(options)) => print(&options::dump(&options)),
         Ok(Wish::Version) => print(&format!(
-            "QEMU Guest Agent {REPORTED_VERSION} (stillpoint-agent {})\n",
+            "QEMU Guest Agent {REPORTED_VERSION}\nstillpoint-agent {}\n",
             env!("CARGO_PKG_VERSION")
         )),
         Ok(Wish::Help) => print(&format!("Usage: {program} [OPTION]...\n{USAGE}")),

@@ -97,7 +97,8 @@ fn the_command_line_answers_for_itself() {
     };
     let (code, version) = run("-V");
     assert_eq!(code, Some(0));
-    assert!(version.starts_with("QEMU Guest Agent 11.1.3"), "{version}");
+    // The first line is what a stock agent says, and all of it.
+    assert!(version.starts_with("QEMU Guest Agent 11.1.3\nstillpoint-agent "), "{version}");
     let (code, help) = run("--help");
     assert!(code == Some(0) && help.contains("--block-rpcs"), "{help}");
     let (code, names) = run("-b?");
