@@ -1,6 +1,6 @@
 //! `guest-file-*`.
 
-use crate::guest::{Agent, Client};
+use crate::guest::{Agent, Client, until};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
@@ -355,8 +355,9 @@ fn d27_handles_that_dead_clients_left_make_room_for_new_ones() {
     assert_eq!(read(&mut client, latest, 3).0, b"abc");
     let error = client.error("guest-file-read", json!({"handle": second}));
     assert_eq!(error, format!("handle '{second}' has not been found"));
-    let open_files = fs::read_dir(format!("/proc/{}/fd", agent.pid())).expect("it runs").count();
-    assert!(open_files < 300, "{open_files} descriptors");
+    // They are closed beside the agent's work, which on a busy machine is a moment later.
+    let open_files = || fs::read_dir(format!("/proc/{}/fd", agent.pid())).expect("it runs").count();
+    until("the others are closed", || open_files() < 300);
 }
 
 #[test]
