@@ -139,6 +139,7 @@ fn fingerprint(script: &[u8]) -> u64 {
 mod tests {
     use super::*;
     use std::fs::{self, Permissions};
+    use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
 
     fn program(path: &Path, text: &str, mode: u32) {
@@ -181,14 +182,28 @@ mod tests {
 
     #[test]
     fn qemus_own_script_is_known_whatever_its_log_file_and_comments() {
-        let Ok(packaged) = fs::read_to_string(DEFAULT_PATH) else {
-            eprintln!("{DEFAULT_PATH} is not there: Debian's qemu-guest-agent brings it");
-            return;
-        };
+        let later = std::env::var_os("STILLPOINT_STOCK_AGENTS").unwrap_or_default();
+        let later =
+            std::env::split_paths(&later).map(|folder| folder.join(DEFAULT_PATH.trim_start_matches('/')));
+        let all = std::iter::once(PathBuf::from(DEFAULT_PATH)).chain(later);
+        let packaged: Vec<String> = all.filter_map(|path| fs::read_to_string(path).ok()).collect();
+        if packaged.is_empty() {
+            // Past cargo's capture: a test that did not run is told.
+            writeln!(
+                io::stderr(),
+                "SKIPPED {DEFAULT_PATH} is not there: Debian's qemu-guest-agent brings it"
+            )
+            .unwrap();
+        }
+        packaged.iter().for_each(|script| is_known(script));
+    }
+
+    #[track_caller]
+    fn is_known(packaged: &str) {
         let folder = tempfile::tempdir().unwrap();
         let hook = folder.path().join("fsfreeze-hook");
         program(&folder.path().join("fsfreeze-hook.d/10-x"), "", 0o755);
-        program(&hook, &packaged, 0o755);
+        program(&hook, packaged, 0o755);
         assert_eq!(names(find(&hook)), ["10-x"]);
         program(&hook, &packaged.replace("/var/log/", "/srv/log/").replace("# Check", "# Look"), 0o755);
         assert_eq!(names(find(&hook)), ["10-x"]);

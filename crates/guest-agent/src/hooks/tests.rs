@@ -207,7 +207,7 @@ fn a_child_that_stays_with_the_output_open_holds_up_nothing_and_lives_until_the_
 fn what_a_child_writes_later_neither_blocks_it_nor_ends_it() {
     let house = House::new().hook(
         "10-a",
-        "[ $1 = thaw ] && exit\n(dd if=/dev/zero bs=1024 count=1000 2>/dev/null; echo written >>$LOG) &",
+        "[ $1 = thaw ] && exit\n(dd if=/dev/zero bs=1024 count=1000 2>/dev/null && echo written >>$LOG) &",
     );
     let mut hooks = house.hooks();
     house.freeze(&mut hooks).unwrap();
