@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Most jobs at once: a dead disk must not collect threads without end.
@@ -81,7 +81,7 @@ impl Jobs {
     /// Begins a job, or lets it wait; its answer comes later, under the ticket.
     pub(super) fn start(&mut self, ticket: u64, work: impl FnOnce() -> Answer + Send + 'static) -> Reply {
         let failed = || Finished::Answer(Err(panicked()));
-        let task = self.task(ticket, || Finished::Answer(work()), failed);
+        let task = self.task(ticket, || Finished::Answer(work()), failed, None);
         match self.begin_or_wait(ticket, Place::Own, Box::new(task)) {
             Ok(()) => Reply::Later,
             Err(error) => Reply::Now(Err(error)),
@@ -98,7 +98,7 @@ impl Jobs {
         work: impl FnOnce() -> Done + Send + 'static,
     ) -> Result<(), Error> {
         let failed = move || Finished::File(Done::lost(handle, panicked()));
-        let task = self.task(ticket, || Finished::File(work()), failed);
+        let task = self.task(ticket, || Finished::File(work()), failed, Some(self.file_threads.clone()));
         self.begin_or_wait(ticket, Place::File, Box::new(task))
     }
 
@@ -112,7 +112,7 @@ impl Jobs {
         work: impl FnOnce() -> Done + Send + 'static,
     ) -> Result<(), Error> {
         let failed = move || Finished::File(Done::lost(handle, panicked()));
-        let task = self.task(ticket, || Finished::File(work()), failed);
+        let task = self.task(ticket, || Finished::File(work()), failed, Some(self.file_threads.clone()));
         self.begin(Place::File, Box::new(task))
     }
 
@@ -157,11 +157,16 @@ impl Jobs {
         ticket: u64,
         work: impl FnOnce() -> Finished + Send + 'static,
         failed: impl FnOnce() -> Finished + Send + 'static,
+        lingers: Option<Arc<FileThreads>>,
     ) -> impl FnOnce() + Send + 'static {
         let (bell, send) = (self.bell.clone(), self.send.clone());
         move || {
             let finished =
                 std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| failed());
+            // Before the loop hears of it: what it then asks for is for this thread, not for a new one.
+            if let Some(threads) = lingers {
+                threads.lock().threads += 1;
+            }
             // The receiver is gone only when the program ends.
             let _received = send.send((ticket, finished)).is_ok();
             bell.ring();
@@ -197,6 +202,7 @@ struct FileThreads {
 
 #[derive(Default)]
 struct Waiting {
+    /// Threads that wait, or are about to.
     threads: usize,
     /// Never more than threads that wait.
     tasks: VecDeque<Task>,
@@ -211,8 +217,7 @@ impl std::fmt::Debug for FileThreads {
 impl FileThreads {
     /// Hands a task to a thread that waits, or else to a new one.
     fn begin(this: &Arc<FileThreads>, task: Task) -> io::Result<()> {
-        // A panic cannot come between taking the lock and letting it go.
-        let mut waiting = this.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = this.lock();
         if waiting.threads > waiting.tasks.len() {
             waiting.tasks.push_back(task);
             this.work.notify_one();
@@ -229,10 +234,14 @@ impl FileThreads {
         })
     }
 
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        // A panic cannot come between taking the lock and letting it go.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For a thread that has counted itself among those that wait.
     fn wait(&self) -> Option<Task> {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.threads += 1;
-        let waited = self.work.wait_timeout_while(waiting, LINGER, |waiting| waiting.tasks.is_empty());
+        let waited = self.work.wait_timeout_while(self.lock(), LINGER, |waiting| waiting.tasks.is_empty());
         let (mut waiting, _) = waited.unwrap_or_else(PoisonError::into_inner);
         waiting.threads -= 1;
         waiting.tasks.pop_front()
