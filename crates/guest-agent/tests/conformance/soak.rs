@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 const REQUESTS: usize = 100_000;
 const CYCLES: usize = 1_000;
-/// Resident memory may vary by this much, in KiB: the allocator gives back what it likes.
-const GROWTH_KIB_MAX: u64 = 1024;
+/// Resident memory may grow by this much, in KiB, in the second half: the allocator gives back what it likes. One byte
+/// lost a request would be more.
+const GROWTH_KIB_MAX: u64 = 48;
 /// What is held when nothing is going on may not differ at all: descriptors and threads.
 type Held = (usize, u64);
 
@@ -47,7 +48,7 @@ pub(crate) fn requests() {
                 }
             }
         }
-        if warm.is_none() && sent > REQUESTS / 10 {
+        if warm.is_none() && sent > REQUESTS / 2 {
             std::thread::sleep(Duration::from_millis(500));
             warm = Some((peer.status("VmRSS"), held(&peer)));
         }
@@ -56,7 +57,7 @@ pub(crate) fn requests() {
     settled(&peer, wanted);
     let now = peer.status("VmRSS");
     eprintln!(
-        "{sent} requests in {:?}: {rss} KiB resident after a tenth of them, {now} KiB at the end",
+        "{sent} requests in {:?}: {rss} KiB resident after half of them, {now} KiB at the end",
         begun.elapsed()
     );
     assert!(now <= rss + GROWTH_KIB_MAX, "resident memory grew from {rss} to {now} KiB");
@@ -140,7 +141,7 @@ pub(crate) fn freezes(inside: &Inside) {
         if cycle % 100 < 2 {
             inside.expect_writable(&["/a", "/x", "/b"]);
         }
-        if cycle == CYCLES / 10 {
+        if cycle == CYCLES / 2 {
             warm = Some((peer.status("VmRSS"), held(&peer)));
         }
     }
@@ -148,7 +149,7 @@ pub(crate) fn freezes(inside: &Inside) {
     settled(&peer, wanted);
     let now = peer.status("VmRSS");
     eprintln!(
-        "{CYCLES} cycles in {:?}: {rss} KiB resident after a tenth of them, {now} KiB at the end",
+        "{CYCLES} cycles in {:?}: {rss} KiB resident after half of them, {now} KiB at the end",
         begun.elapsed()
     );
     assert!(now <= rss + GROWTH_KIB_MAX, "resident memory grew from {rss} to {now} KiB");

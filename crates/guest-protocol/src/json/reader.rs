@@ -130,11 +130,11 @@ impl Reader {
             return (!was_answered).then(|| Item::Error(self.parse_error(began, &stray)));
         }
         self.count(kind);
+        self.after_limit = false;
         if self.message.failed {
             self.end_message();
             return None;
         }
-        self.after_limit = false;
         let item = self.take(kind, began, bytes);
         self.end_message();
         item

@@ -140,6 +140,7 @@ fn d26_a_broken_limit_is_answered_once_and_the_rest_of_the_message_is_passed_ove
     );
     assert_eq!(read(b"\"123456789\xFF{}"), ["!JSON token size limit exceeded", "{}"]);
     assert_eq!(read(b"\"123456789\n{}"), ["!JSON token size limit exceeded", "{}"]);
+    assert_eq!(read(b"[[[]]]\xFF{}"), ["!JSON nesting depth limit exceeded", "!stray '\u{FFFD}'", "{}"]);
     assert_eq!(read(b"[[[]]] {}\xFF"), ["!JSON nesting depth limit exceeded", "{}", "!stray '\u{FFFD}'"]);
     assert_eq!(read(b"[[[ {\"1\n{}"), ["!JSON nesting depth limit exceeded", "{}"], "so does any stray byte");
 }
