@@ -329,15 +329,17 @@ fn carry_out(shared: &Arc<Shared>, order: Order, settings: &Settings, owed: Owed
         Ok(frozen) => frozen,
         Err(stopped) => {
             log!(Warning, "freeze {id} failed: {}", stopped.refusal);
-            owed.answer(Err(stopped.refusal.clone()));
-            return ending.end(plain, &id, *stopped);
+            let refusal = stopped.refusal.clone();
+            // Before the answer: a host that hears it may freeze again at once.
+            ending.end(plain, &id, *stopped);
+            return owed.answer(Err(refusal));
         }
     };
     let count = frozen.count();
     if plain && count == 0 {
         let stopped = frozen.thaw(Phase::Host);
-        owed.answer(Ok(Outcome::Count(0)));
-        return ending.end(plain, &id, *stopped);
+        ending.end(plain, &id, *stopped);
+        return owed.answer(Ok(Outcome::Count(0)));
     }
     let outcome = if plain {
         Outcome::Count(i64::try_from(count).unwrap_or(i64::MAX))

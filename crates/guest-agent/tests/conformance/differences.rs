@@ -109,6 +109,28 @@ pub(crate) const DIFFERENCES: &[Difference] = &[
         }),
     },
     Difference {
+        name: "how a failed open is told",
+        why: "11.1: Could not open 'X'; versions before it: open(\"X\")",
+        between: Between::Lines(|version, _, stock, ours| version < NEW_PARSER && newer_open(stock) == *ours),
+    },
+    Difference {
+        name: "how a failed open is told in a script",
+        why: "11.1: Could not open 'X'; versions before it: open(\"X\")",
+        between: Between::Steps(|version, _, stock, ours| version < NEW_PARSER && newer_open(stock) == *ours),
+    },
+    Difference {
+        name: "what fstrim trims",
+        why: "7.2 trims a device once for each of its mounts",
+        between: Between::Steps(|version, name, stock, ours| {
+            let paths = |step: &Value| step[1]["return"]["paths"].as_array().cloned().unwrap_or_default();
+            version < (9, 1)
+                && name == "mounts"
+                && stock[0] == "guest-fstrim"
+                && paths(ours).len() < paths(stock).len()
+                && paths(ours).iter().all(|path| paths(stock).contains(path))
+        }),
+    },
+    Difference {
         name: "why a command is disabled",
         why: "7.2 says that the agent is in frozen state; the newest has one text for all reasons",
         between: Between::Steps(|version, _, stock, ours| {
@@ -317,6 +339,16 @@ fn position(text: &str) -> Option<(u64, u64)> {
     let (position, _) = text.split_once(": JSON parse error, ")?;
     let (line, column) = position.split_once(':')?;
     Some((line.parse().ok()?, column.parse().ok()?))
+}
+
+/// The answer with the text that 11.1 has for a file that does not open.
+fn newer_open(answer: &Value) -> Value {
+    let mut newer = answer.clone();
+    let text = desc(answer).strip_prefix("open(\"").and_then(|rest| rest.split_once("\"): "));
+    if let Some((path, reason)) = text {
+        newer["error"]["desc"] = format!("Could not open '{path}': {reason}").into();
+    }
+    newer
 }
 
 /// What 11.1 says where versions before it say this.
