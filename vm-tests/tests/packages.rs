@@ -238,8 +238,7 @@ fn the_agents_package_takes_the_place_of_debians_and_gives_it_back() {
     guest.freezes_with_its_hook();
     assert_eq!(guest.guest.exec("busybox pidof stillpoint-agent").out.trim(), "", "ours has ended");
 
-    // dpkg by itself does as apt does.
-    guest.succeeds("dpkg --install /run/stillpoint/stillpoint-agent.deb");
+    guest.apt("install stillpoint-agent");
     guest.is_ours();
     guest.succeeds("dpkg --purge qemu-guest-agent stillpoint-agent");
     assert_eq!(
