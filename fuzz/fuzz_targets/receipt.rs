@@ -3,8 +3,8 @@
 #![no_main]
 
 use arbitrary::Unstructured;
-use libfuzzer_sys::fuzz_target;
 use evidence::receipts;
+use libfuzzer_sys::fuzz_target;
 use snapshot::receipt::Receipt;
 use snapshot::{Request, judge, required_unmet};
 
