@@ -39,9 +39,12 @@ cargo xtask COMMAND
   setup          installs the Debian packages that the tests need; the others call it";
 
 fn main() -> ExitCode {
-    // Under `nohup` it would be ignored by all that is started from here, and some tests are about it.
-    // SAFETY: this process has one thread, and no handler is set.
-    unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
+    // Who starts this under `nohup` or in the background ignores them, and with it all that is started from here: some
+    // tests are about them.
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+        // SAFETY: this process has one thread, and no handler is set.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let (command, rest) =
         arguments.split_first().map_or(("help", &[][..]), |(first, rest)| (first.as_str(), rest));
