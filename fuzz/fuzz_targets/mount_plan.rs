@@ -151,7 +151,7 @@ fuzz_target!(|input: Input| match input {
             namespaces: namespaces.collect(),
             blocks: blocks.collect(),
             members: members.collect(),
-            unseen: vec![],
+            ..Facts::default()
         });
     }
 });
