@@ -217,7 +217,7 @@ pub(crate) fn write_initrd(
         overlay.add_program("stillpoint/stillpoint-agent", &std::fs::read(image.agent())?);
         if init == Init::Systemd {
             for name in ["stillpoint-agent.service", "60-stillpoint-agent.rules"] {
-                let packaged = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/systemd").join(name);
+                let packaged = crate::image::checkout().join("packaging/systemd").join(name);
                 overlay.add_file(&format!("stillpoint/{name}"), &std::fs::read(packaged)?);
             }
         }

@@ -84,10 +84,17 @@ pub(crate) fn ask_xtask(command: &str) -> String {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
         .args(["run", "--quiet", "--package", "xtask", "--", command])
-        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .current_dir(checkout())
         .stderr(std::process::Stdio::inherit())
         .output()
         .unwrap_or_else(|error| panic!("cargo does not start: {error}"));
     assert!(output.status.success(), "`cargo xtask {command}` failed: {}", output.status);
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// The checkout that cargo runs this for. Asked now and not when it was built: checkouts share the target folder, and this
+/// may have been built from another.
+pub fn checkout() -> PathBuf {
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR");
+    manifest.map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from).join("..")
 }

@@ -47,7 +47,7 @@ pub use commands::{
 pub use gate::{At, Gate};
 pub use guest::{Agent, DiskFormat, Guest, GuestBuilder, Init};
 pub use harness::{Output, shell};
-pub use image::Image;
+pub use image::{Image, checkout};
 pub use ordeal::{Extent, Ordeal, Victim, signal};
 pub use process::spawn;
 pub use proof::{Found, Promised, prove, snapshot_id};

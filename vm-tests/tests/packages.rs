@@ -444,7 +444,7 @@ fn confined_by_systemd_or_by_apparmor_it_freezes_and_answers() {
     let archive = folder.path().join("apparmor.tar");
     let root = Packages::get().apparmor().display().to_string();
     says("tar", &["-C", &root, "--exclude=./usr/share", "-cf", &archive.display().to_string(), "."]);
-    let hardened = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/examples/hardened.conf");
+    let hardened = vm_tests::checkout().join("packaging/examples/hardened.conf");
     let guest = Administered::boot_with(&[archive, hardened]);
     guest.apt("install stillpoint-agent=0.1.0");
     guest.is_ours();
