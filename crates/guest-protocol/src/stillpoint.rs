@@ -244,6 +244,9 @@ pub struct GuestReport {
     pub quiesce_ms: u64,
     /// Each flush round before the freeze, in milliseconds.
     pub flush_rounds_ms: Vec<u64>,
+    /// First flush round begun to first FIFREEZE called, with a quiesce that came between, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flushing_ms: Option<u64>,
     /// First FIFREEZE called to last FIFREEZE returned, in milliseconds.
     pub freeze_ms: u64,
     /// First FIFREEZE called to last FITHAW returned, in milliseconds.

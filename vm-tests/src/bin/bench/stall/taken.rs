@@ -137,8 +137,10 @@ fn attempt(guest: &Guest, stillpoint: &Stillpoint) -> Result<Taken, String> {
             frozen.from_ns, frozen.to_ns
         ));
     }
+    // An older agent does not say it, and quiesced between its flush rounds.
     let flushed_ms: u64 = report.flush_rounds_ms.iter().sum();
-    let first_flush_ns = from_ns - ns(report.quiesce_ms + flushed_ms) - ROUNDING_NS;
+    let flushing_ms = report.flushing_ms.unwrap_or(report.quiesce_ms + flushed_ms);
+    let first_flush_ns = from_ns - ns(flushing_ms) - ROUNDING_NS;
     let to_ns = answered_ns + AFTER_NS;
     let each: Vec<String> = report
         .filesystems
