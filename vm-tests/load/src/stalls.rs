@@ -14,7 +14,7 @@ const BLOCK: usize = 4096;
 /// The file that is synced, as large as a segment of a database's log, which is overwritten in place as well.
 const SYNCED_BYTES: u64 = 16 << 20;
 /// What the random writes are spread over, and a page of a database at a time.
-const DIRTIED_BYTES: u64 = 192 << 20;
+const DIRTIED_BYTES: u64 = 768 << 20;
 const PAGE: usize = 16 << 10;
 /// Noise to write from; each write begins somewhere else in it.
 const NOISE_BYTES: usize = 1 << 20;

@@ -16,13 +16,17 @@ use vm_tests::{Guest, Stillpoint};
 
 /// So many of each kind unless said otherwise.
 pub(crate) const SNAPSHOTS: u32 = 10;
-const MEMORY_MIB: u32 = 1024;
+/// A small database server. What the kernel leaves unwritten grows with its memory, and so does the stall of an unprepared freeze.
+const MEMORY_MIB: u32 = 4096;
 const VCPUS: u32 = 2;
 /// What the writer without fsync is asked for; the report says what it came to.
 pub(crate) const DIRTY_MIB_PER_S: u32 = 20;
 const PGBENCH_CLIENTS: u32 = 4;
-/// The load runs for so long before the first, and again between two, so that each finds the same amount unwritten.
-const REST: Duration = Duration::from_secs(5);
+/// The load runs for so long before the first, and again between two, so that each finds the same amount unwritten. In
+/// production it would be half a minute, the age at which Linux writes out what is dirty (`dirty_expire_centisecs`).
+const REST: Duration = Duration::from_secs(15);
+/// How long a wait may last until it is noted.
+const NOTED_MAX: Duration = Duration::from_secs(5);
 /// A quiet time before the first snapshot of ours said how long one is.
 const QUIET: Duration = Duration::from_secs(4);
 /// When no further round is begun, in all; what was taken until then is shown.
@@ -75,8 +79,9 @@ pub(crate) fn run(snapshots: u32, dirty_mib_per_s: u32) -> Result<(), String> {
         if Instant::now() > ready {
             return Err(format!("the load is not ready after {READY_MAX:?}"));
         }
-        std::thread::sleep(REST);
+        std::thread::sleep(NOTED_MAX);
     }
+    std::thread::sleep(REST);
     let dirty = guest.exec("busybox grep -E '^(Dirty|Writeback):' /proc/meminfo").success();
     let dirty: Vec<&str> = dirty.split_whitespace().collect();
     println!("before the first: {}; {}", dirty.join(" "), Noted::parse(&guest.stalls())?.pace());
@@ -139,7 +144,7 @@ pub(crate) fn run(snapshots: u32, dirty_mib_per_s: u32) -> Result<(), String> {
         }
     }
     // What is under way has to end before it is noted.
-    std::thread::sleep(REST);
+    std::thread::sleep(NOTED_MAX);
     let mut noted = Noted::parse(&guest.stalls())?;
     guest.stop_load();
     for taken in ours.iter().chain(&older) {
