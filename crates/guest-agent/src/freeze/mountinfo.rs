@@ -67,6 +67,8 @@ pub struct Mount {
     pub source: String,
     /// The superblock is read-only, whatever this mount says.
     pub read_only: bool,
+    /// Of an overlay: the folder that takes what is written, as whoever mounted it saw it.
+    pub upper: Option<PathBuf>,
 }
 
 /// A table that breaks its limits.
@@ -114,8 +116,11 @@ fn mount(line: &[u8]) -> Option<Mount> {
     // A source may be an empty string; then two spaces follow one another, which `split` gives as an empty field.
     let source = text(fields.next()?);
     let super_options = fields.next().unwrap_or_default();
-    let read_only = super_options.split(|byte| *byte == b',').any(|option| option == b"ro");
-    Some(Mount { id, parent, device, root, mountpoint, kind, source, read_only })
+    let mut options = super_options.split(|byte| *byte == b',');
+    let read_only = options.clone().any(|option| option == b"ro");
+    let upper = options.find_map(|option| option.strip_prefix(b"upperdir="));
+    let upper = upper.filter(|_| kind == "overlay").map(path);
+    Some(Mount { id, parent, device, root, mountpoint, kind, source, read_only, upper })
 }
 
 fn number(field: &[u8]) -> Option<u64> {
@@ -226,5 +231,13 @@ mod tests {
         let mounts = parse(table.as_bytes()).unwrap();
         assert_eq!(covering(&mounts, Path::new("/a/x")).unwrap().id, 3);
         assert_eq!(covering(&mounts, Path::new("/ab")).unwrap().id, 1);
+    }
+
+    #[test]
+    fn an_overlay_names_its_upper_folder() {
+        let overlay =
+            "31 30 0:44 / /c rw shared:1 - overlay overlay rw,lowerdir=/l,upperdir=/u\\040x/diff,workdir=/w";
+        assert_eq!(one(overlay).upper.as_deref(), Some(Path::new("/u x/diff")));
+        assert_eq!(one(&overlay.replace("- overlay", "- ext4")).upper, None);
     }
 }

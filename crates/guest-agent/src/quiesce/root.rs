@@ -2,6 +2,7 @@
 //! that they lie on.
 
 use super::process::Process;
+use crate::freeze::mountinfo::{self, Mount};
 use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat, openat2};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -25,13 +26,15 @@ pub(super) struct Root {
 
 impl Root {
     /// # Errors
-    /// When the process ended, or its `/proc` folder may not be read.
+    /// When the process ended, its `/proc` folder may not be read, or its mount table is none that a kernel writes.
     pub(super) fn of(process: &Process) -> io::Result<Self> {
         let folder = process.place("root")?;
         let (theirs, ours) = (fstat(&folder)?, rustix::fs::stat("/")?);
         let same_namespace = std::fs::read_link("/proc/self/ns/mnt")? == process.link("ns/mnt")?;
         let own = same_namespace && (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino);
-        Ok(Self { folder, own, mounts: parse_mountinfo(&process.read("mountinfo")?) })
+        let mounts = mountinfo::parse(&process.read("mountinfo")?)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        Ok(Self { folder, own, mounts })
     }
 
     /// Is it the root that we have ourselves?
@@ -75,15 +78,15 @@ impl Root {
     pub(super) fn superblock_of(&self, place: impl AsFd) -> io::Result<String> {
         let place = place.as_fd();
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", place.as_raw_fd()))?;
-        let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).map(str::trim);
-        let Some(mount) = id.and_then(|id| self.mounts.iter().find(|mount| mount.id == id)) else {
+        let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
+        let Some(mount) = id.and_then(|id: u64| self.mounts.iter().find(|mount| mount.id == id)) else {
             // A mount of a namespace that the process does not show: the plain number is the best there is.
             let device = fstat(place)?.st_dev;
             return Ok(format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device)));
         };
         match &mount.upper {
-            Some(upper) => superblock_of_upper(upper).or_else(|_| Ok(mount.device_number.clone())),
-            None => Ok(mount.device_number.clone()),
+            Some(upper) => superblock_of_upper(upper).or_else(|_| Ok(mount.device.to_string())),
+            None => Ok(mount.device.to_string()),
         }
     }
 
@@ -155,68 +158,12 @@ fn superblock_of_upper(upper: &Path) -> io::Result<String> {
     inner.superblock_of(place)
 }
 
-#[derive(Debug, PartialEq)]
-struct Mount {
-    id: String,
-    device_number: String,
-    upper: Option<std::path::PathBuf>,
-}
-
-/// Source: `Documentation/filesystems/proc.rst`, section 3.5.
-fn parse_mountinfo(text: &[u8]) -> Vec<Mount> {
-    let text = String::from_utf8_lossy(text);
-    let parse = |line: &str| {
-        let (front, back) = line.split_once(" - ")?;
-        let mut front = front.split(' ');
-        let (id, _parent, device_number) = (front.next()?, front.next()?, front.next()?);
-        let mut back = back.splitn(3, ' ');
-        let (kind, _source, options) = (back.next()?, back.next()?, back.next().unwrap_or_default());
-        let upper = options.split(',').find_map(|option| option.strip_prefix("upperdir="));
-        let upper = upper.filter(|_| kind == "overlay").map(|path| unescape(path).into());
-        Some(Mount { id: id.to_owned(), device_number: device_number.to_owned(), upper })
-    };
-    text.lines().filter_map(parse).collect()
-}
-
-/// Blanks, tabs, newlines and backslashes stand as `\OOO` in mountinfo.
-fn unescape(text: &str) -> std::ffi::OsString {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        let octal = tail
-            .get(..3)
-            .filter(|_| first == b'\\')
-            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        match octal {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &tail[3..];
-            }
-            None => {
-                bytes.push(first);
-                rest = tail;
-            }
-        }
-    }
-    std::os::unix::ffi::OsStringExt::from_vec(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn own_root() -> Root {
         Root::of(&Process::open(std::process::id()).unwrap()).unwrap()
-    }
-
-    #[test]
-    fn an_overlay_is_told_by_its_upper_folder() {
-        let text = b"30 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
-            31 30 0:44 / /c rw shared:1 - overlay overlay rw,lowerdir=/l,upperdir=/u\\040x/diff,workdir=/w\n";
-        let mounts = parse_mountinfo(text);
-        assert_eq!(mounts[0].upper, None);
-        assert_eq!(mounts[0].device_number, "8:1");
-        assert_eq!(mounts[1].upper.as_deref(), Some(Path::new("/u x/diff")));
     }
 
     #[test]
