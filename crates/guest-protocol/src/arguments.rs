@@ -9,12 +9,12 @@ pub use file::{FileCall, FileOpen, FileOperation};
 pub use hotplug::{MemoryBlockWish, VcpuWish};
 
 use crate::Error;
+use crate::json::Received;
 use crate::members::{self, Members};
 use crate::stillpoint::{
     APPLICATIONS_MAX, ApplicationPolicy, CheckArguments, FreezeArguments, Policy, RUN_ID_BYTES_MAX,
     RenewArguments, ThawArguments, Want,
 };
-use serde_json::Value;
 
 /// What `guest-shutdown` does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +82,7 @@ pub(crate) fn thaw(members: &mut Members) -> Result<ThawArguments, Error> {
     Ok(ThawArguments { id: members.required("id", run_id)? })
 }
 
-fn run_id(value: Value, path: &str) -> Result<String, Error> {
+fn run_id(value: Received, path: &str) -> Result<String, Error> {
     let id = members::string(value, path)?;
     let fits = (1..=RUN_ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic());
     if fits { Ok(id) } else { Err(members::not_accepted(path, &id)) }

@@ -8,10 +8,10 @@
 //! An answer that is too long to be whole in memory comes in pieces. Its line, once begun, is finished before any other;
 //! where nobody wants it any more, it ends after the pieces that are there, as a shorter answer that is whole.
 
-use crate::json::{self, Item, Limits, Reader};
+use crate::json::{self, Item, Limits, Reader, Received};
 use crate::members::Members;
 use crate::{Command, Error, command};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use std::collections::{BTreeMap, VecDeque};
 
 /// Input is left unread while more than this many bytes of answers wait for the host.
@@ -99,7 +99,7 @@ struct Begun {
 #[derive(Debug)]
 struct Request {
     command: &'static Command,
-    arguments: Map<String, Value>,
+    arguments: BTreeMap<String, Received>,
     id: Option<Value>,
     /// How long it was.
     bytes: usize,
@@ -255,7 +255,7 @@ impl Connection {
         }
     }
 
-    fn request(&mut self, value: Value, bytes: usize) {
+    fn request(&mut self, value: Received, bytes: usize) {
         let (id, request) = understand(value);
         let request = match request {
             Ok((command, arguments)) => Request { command, arguments, id, bytes },
@@ -431,26 +431,26 @@ impl Turn {
     }
 }
 
-type Understood = Result<(&'static Command, Map<String, Value>), Error>;
+type Understood = Result<(&'static Command, BTreeMap<String, Received>), Error>;
 
 /// Checks the shape of a request. Its id is given even where the rest is refused.
-fn understand(value: Value) -> (Option<Value>, Understood) {
-    let Value::Object(mut members) = value else {
+fn understand(value: Received) -> (Option<Value>, Understood) {
+    let Received::Object(mut members) = value else {
         return (None, Err(Error::generic("QMP input must be a JSON object")));
     };
-    let id = members.remove("id");
+    let id = members.remove("id").map(Value::from);
     (id, shape(members))
 }
 
-fn shape(mut members: Map<String, Value>) -> Understood {
+fn shape(mut members: BTreeMap<String, Received>) -> Understood {
     let execute = match members.remove("execute") {
         None => None,
-        Some(Value::String(name)) => Some(name),
+        Some(Received::String(name)) => Some(String::from(name)),
         Some(_) => return Err(Error::generic("QMP input member 'execute' must be a string")),
     };
     let arguments = match members.remove("arguments") {
-        None => Map::new(),
-        Some(Value::Object(arguments)) => arguments,
+        None => BTreeMap::new(),
+        Some(Received::Object(arguments)) => arguments,
         Some(_) => return Err(Error::generic("QMP input member 'arguments' must be an object")),
     };
     if let Some(name) = members.keys().next() {

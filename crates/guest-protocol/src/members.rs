@@ -2,25 +2,22 @@
 
 use crate::Error;
 use crate::error::cut;
-use serde_json::{Map, Value};
+use crate::json::{Received, Text};
+use std::collections::BTreeMap;
 
 /// Arguments still to be taken. `finish` refuses those that nobody took.
 #[derive(Debug)]
 pub struct Members {
-    members: Map<String, Value>,
+    members: BTreeMap<String, Received>,
     /// Where this object stands in the arguments, e.g. `applications[0].`; empty at the top.
     path: String,
 }
 
 impl Members {
     /// The arguments of a command.
-    pub fn new(members: Map<String, Value>) -> Self {
+    pub fn new<V: Into<Received>>(members: impl IntoIterator<Item = (String, V)>) -> Self {
+        let members = members.into_iter().map(|(name, member)| (name, member.into())).collect();
         Self { members, path: String::new() }
-    }
-
-    /// Takes a member as it is, if it is there.
-    pub fn take(&mut self, name: &str) -> Option<Value> {
-        self.members.remove(name)
     }
 
     /// Takes a required member.
@@ -29,7 +26,7 @@ impl Members {
     pub fn required<T>(
         &mut self,
         name: &str,
-        read: impl FnOnce(Value, &str) -> Result<T, Error>,
+        read: impl FnOnce(Received, &str) -> Result<T, Error>,
     ) -> Result<T, Error> {
         match self.optional(name, read)? {
             Some(value) => Ok(value),
@@ -43,7 +40,7 @@ impl Members {
     pub fn optional<T>(
         &mut self,
         name: &str,
-        read: impl FnOnce(Value, &str) -> Result<T, Error>,
+        read: impl FnOnce(Received, &str) -> Result<T, Error>,
     ) -> Result<Option<T>, Error> {
         match self.members.remove(name) {
             Some(value) => read(value, &format!("{}{name}", self.path)).map(Some),
@@ -67,30 +64,37 @@ impl Members {
 /// A whole number. A double is none, even `1.0`.
 /// # Errors
 /// When it is another type or beyond 64 signed bits.
-pub fn integer(value: Value, path: &str) -> Result<i64, Error> {
+pub fn integer(value: Received, path: &str) -> Result<i64, Error> {
     value.as_i64().ok_or_else(|| wrong_type(path, "integer"))
 }
 
 /// A whole number from 0 up.
 /// # Errors
 /// When it is another type or negative.
-pub fn unsigned(value: Value, path: &str) -> Result<u64, Error> {
+pub fn unsigned(value: Received, path: &str) -> Result<u64, Error> {
     value.as_u64().ok_or_else(|| wrong_type(path, "uint64"))
 }
 
 /// A truth value.
 /// # Errors
 /// When it is another type.
-pub fn boolean(value: Value, path: &str) -> Result<bool, Error> {
+pub fn boolean(value: Received, path: &str) -> Result<bool, Error> {
     value.as_bool().ok_or_else(|| wrong_type(path, "boolean"))
 }
 
 /// A text.
 /// # Errors
 /// When it is another type.
-pub fn string(value: Value, path: &str) -> Result<String, Error> {
+pub fn string(value: Received, path: &str) -> Result<String, Error> {
+    text(value, path).map(String::from)
+}
+
+/// A text that may be long.
+/// # Errors
+/// When it is another type.
+pub fn text(value: Received, path: &str) -> Result<Text, Error> {
     match value {
-        Value::String(text) => Ok(text),
+        Received::String(text) => Ok(text),
         _ => Err(wrong_type(path, "string")),
     }
 }
@@ -98,26 +102,26 @@ pub fn string(value: Value, path: &str) -> Result<String, Error> {
 /// A list of texts.
 /// # Errors
 /// When it is another type, or one of its elements is.
-pub fn strings(value: Value, path: &str) -> Result<Vec<String>, Error> {
+pub fn strings(value: Received, path: &str) -> Result<Vec<String>, Error> {
     list(value, path, string)
 }
 
 /// A list of objects, to be taken apart in turn.
 /// # Errors
 /// When it is another type, or one of its elements is.
-pub fn objects(value: Value, path: &str) -> Result<Vec<Members>, Error> {
+pub fn objects(value: Received, path: &str) -> Result<Vec<Members>, Error> {
     list(value, path, |element, path| match element {
-        Value::Object(members) => Ok(Members { members, path: format!("{path}.") }),
+        Received::Object(members) => Ok(Members { members, path: format!("{path}.") }),
         _ => Err(wrong_type(path, "object")),
     })
 }
 
 fn list<T>(
-    value: Value,
+    value: Received,
     path: &str,
-    read: impl Fn(Value, &str) -> Result<T, Error>,
+    read: impl Fn(Received, &str) -> Result<T, Error>,
 ) -> Result<Vec<T>, Error> {
-    let Value::Array(elements) = value else { return Err(wrong_type(path, "array")) };
+    let Received::Array(elements) = value else { return Err(wrong_type(path, "array")) };
     elements
         .into_iter()
         .enumerate()

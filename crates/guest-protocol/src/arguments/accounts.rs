@@ -19,7 +19,7 @@ impl SetUserPassword {
     pub(crate) fn read(members: &mut Members) -> Result<Self, Error> {
         // The password is decoded last, as in qemu-ga: of two mistakes the type of an argument is told.
         let username = members.required("username", members::string)?;
-        let password = members.required("password", members::string)?;
+        let password = members.required("password", members::text)?;
         let crypted = members.required("crypted", members::boolean)?;
         let password = base64::decode(password)?;
         Ok(Self { username, password, crypted })

@@ -1,8 +1,8 @@
 //! Arguments of `guest-exec` and `guest-exec-status`: qemu-ga's own, and ours beside them.
 
+use crate::json::Received;
 use crate::members::{self, Members};
 use crate::{Error, base64};
-use serde_json::Value;
 use std::time::Duration;
 
 /// Most output kept of one stream of a program, in bytes, as in qemu-ga; also the default.
@@ -50,7 +50,7 @@ impl Exec {
         let path = members.required("path", members::string)?;
         let arg = members.optional("arg", members::strings)?.unwrap_or_default();
         let env = members.optional("env", members::strings)?;
-        let input = members.optional("input-data", members::string)?;
+        let input = members.optional("input-data", members::text)?;
         let capture = members.optional("capture-output", capture)?.unwrap_or_default();
         let time_limit = members.optional("stillpoint-time-limit-ms", time_limit)?;
         let output_bytes_max = members.optional("stillpoint-output-bytes-max", output_bytes_max)?;
@@ -91,23 +91,23 @@ impl ExecStatus {
     }
 }
 
-fn capture(value: Value, path: &str) -> Result<Capture, Error> {
+fn capture(value: Received, path: &str) -> Result<Capture, Error> {
     match value {
-        Value::Bool(true) => Ok(Capture::Separated),
-        Value::Bool(false) => Ok(Capture::None),
-        Value::String(text) => match text.as_str() {
+        Received::Bool(true) => Ok(Capture::Separated),
+        Received::Bool(false) => Ok(Capture::None),
+        Received::String(text) => match String::from(text).as_str() {
             "none" => Ok(Capture::None),
             "stdout" => Ok(Capture::Stdout),
             "stderr" => Ok(Capture::Stderr),
             "separated" => Ok(Capture::Separated),
             "merged" => Ok(Capture::Merged),
-            _ => Err(members::not_accepted(path, &text)),
+            other => Err(members::not_accepted(path, other)),
         },
         _ => Err(members::wrong_type(path, "GuestExecCaptureOutput")),
     }
 }
 
-fn time_limit(value: Value, path: &str) -> Result<Duration, Error> {
+fn time_limit(value: Received, path: &str) -> Result<Duration, Error> {
     let limit_ms = members::unsigned(value, path)?;
     match limit_ms {
         1..=TIME_LIMIT_MS_MAX => Ok(Duration::from_millis(limit_ms)),
@@ -115,13 +115,13 @@ fn time_limit(value: Value, path: &str) -> Result<Duration, Error> {
     }
 }
 
-fn output_bytes_max(value: Value, path: &str) -> Result<usize, Error> {
+fn output_bytes_max(value: Received, path: &str) -> Result<usize, Error> {
     let bytes = members::unsigned(value, path)?;
     let fitting = usize::try_from(bytes).ok().filter(|bytes| *bytes <= OUTPUT_BYTES_MAX);
     fitting.ok_or_else(|| members::not_accepted(path, &bytes.to_string()))
 }
 
-fn kill(value: Value, path: &str) -> Result<Kill, Error> {
+fn kill(value: Received, path: &str) -> Result<Kill, Error> {
     match members::string(value, path)?.as_str() {
         "term" => Ok(Kill::Term),
         "kill" => Ok(Kill::Kill),

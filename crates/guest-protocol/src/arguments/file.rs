@@ -3,8 +3,8 @@
 //! What they say is looked at when the file is, as in qemu-ga: an unknown handle is told before a wrong count.
 
 use crate::Error;
+use crate::json::{Received, Text};
 use crate::members::{self, Members};
-use serde_json::Value;
 
 /// Arguments of `guest-file-open`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub enum FileOperation {
     /// `guest-file-write`.
     Write {
         /// Bytes, in base64.
-        text: String,
+        text: Text,
         /// How many of them; absent: all.
         count: Option<i64>,
     },
@@ -74,7 +74,7 @@ impl FileCall {
 
     pub(crate) fn write(members: &mut Members) -> Result<Self, Error> {
         let handle = handle(members)?;
-        let text = members.required("buf-b64", members::string)?;
+        let text = members.required("buf-b64", members::text)?;
         let count = members.optional("count", members::integer)?;
         Ok(Self { handle, operation: FileOperation::Write { text, count } })
     }
@@ -95,14 +95,14 @@ fn handle(members: &mut Members) -> Result<i64, Error> {
     members.required("handle", members::integer)
 }
 
-fn whence(value: Value, path: &str) -> Result<i64, Error> {
+fn whence(value: Received, path: &str) -> Result<i64, Error> {
     match value {
-        Value::Number(_) => members::integer(value, path),
-        Value::String(text) => match text.as_str() {
+        Received::Number(_) => members::integer(value, path),
+        Received::String(text) => match String::from(text).as_str() {
             "set" => Ok(0),
             "cur" => Ok(1),
             "end" => Ok(2),
-            _ => Err(members::not_accepted(path, &text)),
+            other => Err(members::not_accepted(path, other)),
         },
         _ => Err(members::wrong_type(path, "GuestFileWhence")),
     }

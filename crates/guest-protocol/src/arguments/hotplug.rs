@@ -1,8 +1,8 @@
 //! Arguments of `guest-set-vcpus` and `guest-set-memory-blocks`.
 
 use crate::Error;
+use crate::json::Received;
 use crate::members::{self, Members};
-use serde_json::Value;
 
 /// What a processor is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +53,7 @@ fn finish(mut members: Members) -> Result<(), Error> {
 }
 
 /// qemu-ga takes a negative number for a large one.
-fn wrapping(value: Value, path: &str) -> Result<u64, Error> {
+fn wrapping(value: Received, path: &str) -> Result<u64, Error> {
     match value.as_i64() {
         Some(signed) => Ok(signed.cast_unsigned()),
         // These are qemu-ga's words for a number without sign, unlike those for one with a sign.

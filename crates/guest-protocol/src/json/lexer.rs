@@ -2,6 +2,8 @@
 //!
 //! Source: behaviour of qemu-ga 7.2 to 11.1; the table below is RFC 8259 plus single-quoted strings.
 
+use super::token::Token;
+
 /// What a token is. Its text is read from the lexer while the token is the latest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -67,8 +69,8 @@ enum Step {
 #[derive(Debug)]
 pub(super) struct Lexer {
     state: State,
-    text: Vec<u8>,
-    /// The token in `text` was handed out and goes at the next call.
+    token: Token,
+    /// The token in `token` was handed out and goes at the next call.
     handed_out: bool,
     token_bytes_max: usize,
     here: Position,
@@ -80,7 +82,7 @@ impl Lexer {
         let first = Position { line: 1, column: 1 };
         Self {
             state: State::Start,
-            text: Vec::new(),
+            token: Token::default(),
             handed_out: false,
             token_bytes_max,
             here: first,
@@ -91,18 +93,18 @@ impl Lexer {
     /// Forgets an unfinished token, as when its sender is gone.
     pub(super) fn reset(&mut self) {
         self.state = State::Start;
-        self.text = Vec::new();
+        self.token = Token::default();
         self.handed_out = false;
     }
 
     /// The latest token as it was written, quotes and escapes included.
-    pub(super) fn text(&self) -> &[u8] {
-        &self.text
+    pub(super) fn token(&self) -> &Token {
+        &self.token
     }
 
     /// The latest token, to be kept without a copy.
-    pub(super) fn text_mut(&mut self) -> &mut Vec<u8> {
-        &mut self.text
+    pub(super) fn token_mut(&mut self) -> &mut Token {
+        &mut self.token
     }
 
     /// Where the latest token began.
@@ -114,22 +116,18 @@ impl Lexer {
     pub(super) fn next(&mut self, input: &mut &[u8]) -> Option<Kind> {
         if self.handed_out {
             self.handed_out = false;
-            // A long token's memory is not kept for the short ones that follow.
-            if self.text.capacity() > 1 << 16 {
-                self.text = Vec::new();
-            }
-            self.text.clear();
+            self.token.clear();
         }
         while let Some(&byte) = input.first() {
             if let State::String(quote) = self.state
                 && self.take_plain_run(quote, input)
             {
-                if self.text.len() > self.token_bytes_max {
+                if self.token.len() > self.token_bytes_max {
                     return Some(self.too_long());
                 }
                 continue;
             }
-            if self.text.is_empty() {
+            if self.token.is_empty() {
                 self.began = self.here;
             }
             match step(self.state, byte) {
@@ -153,7 +151,7 @@ impl Lexer {
                     return Some(self.hand_out(Kind::Stray, State::Recovery));
                 }
             }
-            if self.text.len() > self.token_bytes_max {
+            if self.token.len() > self.token_bytes_max {
                 return Some(self.too_long());
             }
         }
@@ -177,17 +175,17 @@ impl Lexer {
 
     /// Strings are nearly all of a large message, so their plain bytes are taken in one piece.
     fn take_plain_run(&mut self, quote: u8, input: &mut &[u8]) -> bool {
-        let room = (self.token_bytes_max + 1).saturating_sub(self.text.len()).min(input.len());
+        let room = (self.token_bytes_max + 1).saturating_sub(self.token.len()).min(input.len());
         let plain = |byte: &u8| (0x20..=0xFD).contains(byte) && *byte != quote && *byte != b'\\';
         let run = input[..room].iter().position(|byte| !plain(byte)).unwrap_or(room);
-        self.text.extend_from_slice(&input[..run]);
+        self.token.extend(&input[..run]);
         self.here.column += run as u64;
         *input = &input[run..];
         run > 0
     }
 
     fn take(&mut self, input: &mut &[u8]) {
-        self.text.push(input[0]);
+        self.token.push(input[0]);
         self.pass(input);
     }
 

@@ -2,9 +2,14 @@
 
 mod encode;
 mod lexer;
+mod packed;
 mod parser;
 mod reader;
+mod received;
 mod text;
+mod token;
 
 pub use encode::encode;
+pub use packed::{Packed, Text};
 pub use reader::{Item, Limits, Reader};
+pub use received::Received;

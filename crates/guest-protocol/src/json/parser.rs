@@ -1,8 +1,10 @@
 //! Tokens to values, one token at a time; the stack is on the heap, so nesting costs no recursion.
 
 use super::lexer::Kind;
+use super::received::Received;
 use super::text;
-use serde_json::{Map, Value};
+use super::token::Token;
+use std::collections::BTreeMap;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Expect {
@@ -21,8 +23,8 @@ enum Expect {
 
 #[derive(Debug)]
 enum Open {
-    Object(Map<String, Value>, String),
-    Array(Vec<Value>),
+    Object(BTreeMap<String, Received>, String),
+    Array(Vec<Received>),
 }
 
 #[derive(Debug)]
@@ -39,16 +41,18 @@ impl Parser {
     /// Takes a token, a long text out of its memory; gives the value when it is complete.
     /// # Errors
     /// The text of the parse error, as qemu-ga 11.1 words it. The parser must then be thrown away.
-    pub(super) fn push(&mut self, kind: Kind, token: &mut Vec<u8>) -> Result<Option<Value>, String> {
+    pub(super) fn push(&mut self, kind: Kind, token: &mut Token) -> Result<Option<Received>, String> {
         match (self.expect, kind) {
             (Expect::KeyOrEnd, Kind::CloseBrace) | (Expect::ValueOrEnd, Kind::CloseBracket) => self.close(),
-            (Expect::KeyOrEnd | Expect::Key, Kind::String) => self.key(text::unquote(token)?),
+            (Expect::KeyOrEnd | Expect::Key, Kind::String) => {
+                self.key(token.take_string(text::unquote)?.into())
+            }
             (Expect::KeyOrEnd | Expect::Key, _) => Err("expecting key".to_owned()),
             (Expect::Colon, Kind::Colon) => self.go_on(Expect::Value),
             (Expect::Colon, _) => Err("expecting ':'".to_owned()),
             (Expect::CommaOrEnd, _) => self.separator(kind),
             (Expect::Value | Expect::ValueOrEnd, Kind::OpenBrace) => {
-                self.stack.push(Open::Object(Map::new(), String::new()));
+                self.stack.push(Open::Object(BTreeMap::new(), String::new()));
                 self.go_on(Expect::KeyOrEnd)
             }
             (Expect::Value | Expect::ValueOrEnd, Kind::OpenBracket) => {
@@ -60,12 +64,12 @@ impl Parser {
     }
 
     #[expect(clippy::unnecessary_wraps, reason = "it is the tail of `push`")]
-    fn go_on(&mut self, expect: Expect) -> Result<Option<Value>, String> {
+    fn go_on(&mut self, expect: Expect) -> Result<Option<Received>, String> {
         self.expect = expect;
         Ok(None)
     }
 
-    fn key(&mut self, name: String) -> Result<Option<Value>, String> {
+    fn key(&mut self, name: String) -> Result<Option<Received>, String> {
         match self.stack.last_mut() {
             Some(Open::Object(_, key)) => {
                 *key = name;
@@ -75,7 +79,7 @@ impl Parser {
         }
     }
 
-    fn separator(&mut self, kind: Kind) -> Result<Option<Value>, String> {
+    fn separator(&mut self, kind: Kind) -> Result<Option<Received>, String> {
         let in_object = matches!(self.stack.last(), Some(Open::Object(..)));
         match (in_object, kind) {
             (true, Kind::Comma) => self.go_on(Expect::Key),
@@ -86,16 +90,16 @@ impl Parser {
         }
     }
 
-    fn close(&mut self) -> Result<Option<Value>, String> {
+    fn close(&mut self) -> Result<Option<Received>, String> {
         let value = match self.stack.pop() {
-            Some(Open::Object(members, _)) => Value::Object(members),
-            Some(Open::Array(elements)) => Value::Array(elements),
+            Some(Open::Object(members, _)) => Received::Object(members),
+            Some(Open::Array(elements)) => Received::Array(elements),
             None => unreachable!("a closing token is expected inside something open only"),
         };
         self.add(value)
     }
 
-    fn add(&mut self, value: Value) -> Result<Option<Value>, String> {
+    fn add(&mut self, value: Received) -> Result<Option<Received>, String> {
         match self.stack.last_mut() {
             None => {
                 self.expect = Expect::Value;
@@ -115,16 +119,17 @@ impl Parser {
     }
 }
 
-fn scalar(kind: Kind, token: &mut Vec<u8>) -> Result<Value, String> {
+fn scalar(kind: Kind, token: &mut Token) -> Result<Received, String> {
     if kind == Kind::String {
-        return text::unquote(token).map(Value::String);
+        return token.take_string(text::unquote).map(Received::String);
     }
-    match (kind, &**token) {
+    let token = token.text();
+    match (kind, token) {
         (Kind::Integer, _) => Ok(text::integer(token)),
         (Kind::Float, _) => Ok(text::float(token)),
-        (Kind::Keyword, b"true") => Ok(Value::Bool(true)),
-        (Kind::Keyword, b"false") => Ok(Value::Bool(false)),
-        (Kind::Keyword, b"null") => Ok(Value::Null),
+        (Kind::Keyword, b"true") => Ok(Received::Bool(true)),
+        (Kind::Keyword, b"false") => Ok(Received::Bool(false)),
+        (Kind::Keyword, b"null") => Ok(Received::Null),
         (Kind::Keyword, _) => Err(format!("invalid keyword '{}'", text::shown(token))),
         _ => Err("expecting value".to_owned()),
     }

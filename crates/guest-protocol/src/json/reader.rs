@@ -2,9 +2,9 @@
 
 use super::lexer::{Kind, Lexer, Position};
 use super::parser::Parser;
+use super::received::Received;
 use super::text;
 use crate::Error;
-use serde_json::Value;
 
 /// What one message may cost. The defaults are qemu-ga's, with room for the largest file write that it describes.
 #[derive(Clone, Debug)]
@@ -34,7 +34,7 @@ impl Default for Limits {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Item {
     /// A complete value.
-    Value(Value),
+    Value(Received),
     /// What was no value, in the words of the answer to it.
     Error(Error),
 }
@@ -75,7 +75,7 @@ impl Message {
     }
 
     fn cost(&self) -> usize {
-        self.bytes + self.tokens * size_of::<Value>()
+        self.bytes + self.tokens * size_of::<Received>()
     }
 
     /// Closing more than was opened ends a message too, as a broken one.
@@ -105,7 +105,7 @@ impl Reader {
 
     /// What is kept of an unfinished message, about.
     pub fn pending_bytes(&self) -> usize {
-        self.message.cost() + self.lexer.text().len()
+        self.message.cost() + self.lexer.token().len()
     }
 
     /// Takes bytes from `input` up to the end of the next item; `None` when they are used up before.
@@ -120,13 +120,14 @@ impl Reader {
 
     fn token(&mut self, kind: Kind) -> Option<Item> {
         let began = self.lexer.began();
-        let bytes = self.lexer.text().len();
+        let bytes = self.lexer.token().len();
         if kind == Kind::Stray {
             // A message that was answered already ends here, and nothing more is said about it. One that was nothing
             // but a token beyond the limit has ended before.
-            let after_limit = std::mem::take(&mut self.after_limit) && self.lexer.text() == [0xFF];
+            let after_limit = std::mem::take(&mut self.after_limit) && self.lexer.token().text() == [0xFF];
             let was_answered = std::mem::replace(&mut self.message, Message::new()).failed || after_limit;
-            let stray = format!("stray '{}'", text::shown(self.lexer.text()));
+            let stray =
+                format!("stray '{}'", text::shown(&self.lexer.token().beginning(text::QUOTED_BYTES_MAX)));
             return (!was_answered).then(|| Item::Error(self.parse_error(began, &stray)));
         }
         self.count(kind);
@@ -149,7 +150,7 @@ impl Reader {
         }
         self.message.bytes += bytes;
         self.message.tokens += 1;
-        match self.message.parser.push(kind, self.lexer.text_mut()) {
+        match self.message.parser.push(kind, self.lexer.token_mut()) {
             Ok(value) => value.map(Item::Value),
             Err(text) => {
                 self.message.fail();

@@ -1,9 +1,10 @@
 //! String and number tokens to their values.
 
-use serde_json::{Number, Value};
+use super::received::Received;
+use serde_json::Number;
 
 /// Most of a bad token that an error repeats, in bytes.
-const QUOTED_BYTES_MAX: usize = 256;
+pub(super) const QUOTED_BYTES_MAX: usize = 256;
 
 /// Longer tokens are not copied where they can be taken as they are.
 const COPIED_BYTES_MAX: usize = 64 << 10;
@@ -109,19 +110,19 @@ pub(super) fn character(code: u32) -> Option<char> {
 }
 
 /// An integer that fits 64 bits stays exact; a longer one becomes a double, as in QEMU.
-pub(super) fn integer(token: &[u8]) -> Value {
+pub(super) fn integer(token: &[u8]) -> Received {
     let text = String::from_utf8_lossy(token);
     match (text.parse::<i64>(), text.parse::<u64>()) {
-        (Ok(signed), _) => Value::from(signed),
-        (_, Ok(unsigned)) => Value::from(unsigned),
+        (Ok(signed), _) => Received::Number(signed.into()),
+        (_, Ok(unsigned)) => Received::Number(unsigned.into()),
         _ => float(token),
     }
 }
 
 /// JSON has no infinity: what is too large becomes the largest double.
-pub(super) fn float(token: &[u8]) -> Value {
+pub(super) fn float(token: &[u8]) -> Received {
     let number = String::from_utf8_lossy(token).parse::<f64>().unwrap_or_default();
-    Number::from_f64(number.clamp(f64::MIN, f64::MAX)).map_or(Value::Null, Value::Number)
+    Number::from_f64(number.clamp(f64::MIN, f64::MAX)).map_or(Received::Null, Received::Number)
 }
 
 /// A token inside an error: up to its first NUL (QEMU prints it as a C string), cut to a bounded length.

@@ -5,6 +5,7 @@ use super::open::OpenFile;
 use crate::note;
 use guest_protocol::answers::{FilePosition, FileWritten};
 use guest_protocol::arguments::FileOperation;
+use guest_protocol::json::Text;
 use guest_protocol::{Error, base64};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -26,7 +27,7 @@ pub(super) fn check(operation: &FileOperation) -> Result<(), Error> {
     }
 }
 
-/// The memory that an operation holds while it waits.
+/// The memory that an operation holds while it waits, or more: a text counts as it was sent.
 pub(super) fn bytes(operation: &FileOperation) -> usize {
     match operation {
         FileOperation::Write { text, .. } => text.len(),
@@ -54,7 +55,7 @@ pub(super) fn close(file: OpenFile) -> Result<Value, Error> {
     Err(Error::generic(format!("failed to close handle: {}", crate::words(&error))))
 }
 
-fn write(file: &mut OpenFile, handle: i64, text: String, count: Option<i64>) -> Result<Value, Error> {
+fn write(file: &mut OpenFile, handle: i64, text: Text, count: Option<i64>) -> Result<Value, Error> {
     let bytes = base64::decode(text)?;
     let bytes = match count {
         None => &bytes[..],

@@ -24,7 +24,7 @@ fn shown(items: &[Item]) -> Vec<String> {
     items
         .iter()
         .map(|item| match item {
-            Item::Value(value) => value.to_string(),
+            Item::Value(value) => Value::from(value.clone()).to_string(),
             Item::Error(error) => format!("!{}", error.desc.trim_start_matches("JSON parse error, ")),
         })
         .collect()
@@ -146,6 +146,19 @@ fn d26_a_broken_limit_is_answered_once_and_the_rest_of_the_message_is_passed_ove
 }
 
 #[test]
+fn limits_count_what_was_written_and_errors_show_it() {
+    let read = |token_bytes_max, input: &[u8]| {
+        shown(&read(Limits { token_bytes_max, error_position: false, ..Limits::default() }, &[input]))
+    };
+    assert_eq!(read(15, b"'AAAAAAAAAAAA'"), ["\"AAAAAAAAAAAA\""]);
+    assert_eq!(read(14, b"'AAAAAAAAAAAA'"), ["!JSON token size limit exceeded"]);
+    assert_eq!(read(99, b"'AAAAAAAAAAAA\n"), ["!stray ''AAAAAAAAAAAA\n'"]);
+    assert_eq!(read(99, b"{'AAAAAAAAAAAA':1,'AAAAAAAAAAAA':2}"), ["!duplicate key"]);
+    let long = [&b"'"[..], &[b'A'; 400], b"\n"].concat();
+    assert_eq!(read(999, &long), [format!("!stray ''{}'", "A".repeat(255))]);
+}
+
+#[test]
 fn deep_nesting_up_to_the_limit_is_read() {
     let deep = [vec![b'['; 1024], vec![b']'; 1024]].concat();
     assert!(matches!(read(limits(), &[&deep])[..], [Item::Value(_)]));
@@ -169,7 +182,7 @@ fn a_reset_forgets_an_unfinished_message() {
     assert_eq!(reader.next(&mut part), None);
     reader.reset();
     let mut whole: &[u8] = b"{}";
-    assert_eq!(reader.next(&mut whole), Some(Item::Value(json!({}))));
+    assert_eq!(reader.next(&mut whole), Some(Item::Value(json!({}).into())));
 }
 
 fn value() -> impl Strategy<Value = Value> {
@@ -180,6 +193,7 @@ fn value() -> impl Strategy<Value = Value> {
         any::<u64>().prop_map(Value::from),
         (-1e300..1e300).prop_map(Value::from),
         "[ -~\\n\\t\u{e9}\u{1F600}\u{0}]{0,12}".prop_map(Value::from),
+        "[A-Za-z0-9+/]{0,40}=?\\n?".prop_map(Value::from),
     ];
     leaf.prop_recursive(4, 32, 5, |inner| {
         prop_oneof![
@@ -202,7 +216,7 @@ proptest! {
         let Item::Value(back) = &items[0] else { panic!("{items:?}") };
         // A double without a fraction comes back as a whole number; its bytes are the same.
         let mut again = Vec::new();
-        crate::json::encode(back, &mut again);
+        crate::json::encode(&Value::from(back.clone()), &mut again);
         again.push(b'\n');
         prop_assert_eq!(again, bytes);
     }
@@ -211,6 +225,7 @@ proptest! {
     fn pieces_do_not_change_what_is_read(
         input in prop_oneof![
             "[{}\\[\\]:,\"'\\\\ a-e0-9\\-.\\n\\t\u{e9}]{0,60}".prop_map(String::into_bytes),
+            r#"([{}\[\]:,]{0,2}"[a-e]{0,20}[\\\n]?[a-e]{0,20}"?){0,6}"#.prop_map(String::into_bytes),
             prop::collection::vec(any::<u8>(), 0..60),
         ],
         cut in any::<prop::sample::Index>(),
