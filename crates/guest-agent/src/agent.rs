@@ -356,8 +356,10 @@ impl Agent {
 
 fn carry_out(commands: &mut Commands, connection: &mut Connection, dispatch: Dispatch) {
     let ticket = dispatch.ticket;
-    if let Reply::Now(answer) = commands.carry_out(dispatch) {
-        connection.answer(ticket, answer);
+    match commands.carry_out(dispatch) {
+        Reply::Now(answer) => connection.answer(ticket, answer),
+        Reply::Written(answer) => connection.answer_written(ticket, &answer),
+        Reply::Later => {}
     }
 }
 

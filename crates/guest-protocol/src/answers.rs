@@ -15,6 +15,7 @@ pub use statistics::{CpuStatistics, DiskCounts, DiskStatistics, LinuxCpuStatisti
 pub use trim::{Trimmed, TrimmedPath};
 
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 
 /// Answer of `guest-info`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,7 +40,7 @@ pub struct CommandInfo {
     /// May be called now.
     pub enabled: bool,
     /// Name on the wire.
-    pub name: String,
+    pub name: Cow<'static, str>,
     /// Whether success is answered.
     pub success_response: bool,
 }

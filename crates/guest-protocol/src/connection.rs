@@ -176,23 +176,38 @@ impl Connection {
 
     /// Takes the answer to a request; one that is no longer wanted is dropped.
     pub fn answer(&mut self, ticket: u64, answer: Result<Value, Error>) {
-        let begun = match self.queue.front() {
+        match answer {
+            Ok(value) => self.succeed(ticket, |out| json::encode(&value, out)),
+            Err(error) => {
+                let Some(begun) = self.take_begun(ticket) else { return };
+                self.write_error(&error, begun.id.as_ref());
+                self.proceed();
+            }
+        }
+    }
+
+    /// The same, of a success that was written by `json::written`.
+    pub fn answer_written(&mut self, ticket: u64, answer: &[u8]) {
+        self.succeed(ticket, |out| out.extend_from_slice(answer));
+    }
+
+    fn succeed(&mut self, ticket: u64, write: impl FnOnce(&mut Vec<u8>)) {
+        let Some(begun) = self.take_begun(ticket) else { return };
+        if begun.command.answers_success {
+            let is_delimited = begun.command.order == (command::Order::Sync { delimited: true });
+            self.write(is_delimited, "return", write, begun.id.as_ref());
+        }
+        self.proceed();
+    }
+
+    fn take_begun(&mut self, ticket: u64) -> Option<Begun> {
+        match self.queue.front() {
             Some(Turn::Begun(first, _)) if *first == ticket => match self.queue.pop_front() {
                 Some(Turn::Begun(_, begun)) => Some(begun),
                 _ => unreachable!("the front was just seen"),
             },
             _ => self.begun.remove(&ticket),
-        };
-        let Some(begun) = begun else { return };
-        match answer {
-            Ok(value) if begun.command.answers_success => {
-                let is_delimited = begun.command.order == (command::Order::Sync { delimited: true });
-                self.write(is_delimited, "return", &value, begun.id.as_ref());
-            }
-            Ok(_) => {}
-            Err(error) => self.write_error(&error, begun.id.as_ref()),
         }
-        self.proceed();
     }
 
     /// Takes a piece of the answer to a request. False where the answer is no longer wanted; then no more is to come.
@@ -378,32 +393,35 @@ impl Connection {
     fn write_error(&mut self, error: &Error, id: Option<&Value>) {
         let members = [("class", format!("{:?}", error.class)), ("desc", error.desc.clone())];
         let value = members.into_iter().map(|(name, text)| (name.to_owned(), Value::String(text))).collect();
-        self.write(false, "error", &Value::Object(value), id);
+        let value = Value::Object(value);
+        self.write(false, "error", |out| json::encode(&value, out), id);
     }
 
-    fn write(&mut self, is_delimited: bool, kind: &str, value: &Value, id: Option<&Value>) {
+    fn write(
+        &mut self,
+        is_delimited: bool,
+        kind: &str,
+        write: impl FnOnce(&mut Vec<u8>),
+        id: Option<&Value>,
+    ) {
         if is_delimited {
             self.put(&[0xFF]);
         }
         self.put(format!("{{\"{kind}\": ").as_bytes());
-        self.encode(value);
+        self.grow(write);
         self.end(id);
     }
 
     fn end(&mut self, id: Option<&Value>) {
         if let Some(id) = id {
             self.put(b", \"id\": ");
-            self.encode(id);
+            self.grow(|out| json::encode(id, out));
         }
         self.put(b"}\n");
     }
 
     fn put(&mut self, bytes: &[u8]) {
         self.grow(|out| out.extend_from_slice(bytes));
-    }
-
-    fn encode(&mut self, value: &Value) {
-        self.grow(|out| json::encode(value, out));
     }
 
     /// Adds to what is sent: now, or behind the line that is begun.

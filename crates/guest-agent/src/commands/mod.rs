@@ -36,7 +36,7 @@ use crate::poll::Poll;
 use crate::run::{self, Runs};
 use crate::state::Handles;
 use guest_protocol::connection::{Dispatch, Piece};
-use guest_protocol::{Call, Command, Error};
+use guest_protocol::{Call, Command, Error, json};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::io;
@@ -53,6 +53,8 @@ pub const EXEC_TOKEN: u64 = 1 << 63;
 pub enum Reply {
     /// Here it is.
     Now(Result<Value, Error>),
+    /// Here it is, by `json::written`: a long one that hosts ask for often.
+    Written(Vec<u8>),
     /// It will be among `Commands::finished`, under the ticket.
     Later,
 }
@@ -144,7 +146,12 @@ impl Commands {
                 note!("guest-ping called");
                 Reply::Now(Ok(json!({})))
             }
-            Call::Info => Reply::Now(answer(&info::info(&self.version, |command| self.is_enabled(command)))),
+            Call::Info => {
+                match json::written(&info::info(&self.version, |command| self.is_enabled(command))) {
+                    Ok(text) => Reply::Written(text),
+                    Err(error) => Reply::Now(Err(not_written(&error))),
+                }
+            }
             Call::GetTime => Reply::Now(time::now().map(Value::from)),
             Call::SetTime(time_ns) => self.jobs.start(ticket, move || time::set(time_ns)),
             Call::GetHostName => Reply::Now(answer(&hostname::host_name())),
@@ -291,6 +298,9 @@ impl Commands {
 }
 
 fn answer(value: &impl serde::Serialize) -> Result<Value, Error> {
-    serde_json::to_value(value)
-        .map_err(|error| Error::generic(format!("the answer cannot be written: {error}")))
+    serde_json::to_value(value).map_err(|error| not_written(&error))
+}
+
+fn not_written(error: &serde_json::Error) -> Error {
+    Error::generic(format!("the answer cannot be written: {error}"))
 }

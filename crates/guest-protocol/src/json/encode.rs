@@ -1,72 +1,80 @@
 //! Values to bytes as qemu-ga writes them: ASCII only, `": "` and `", "`, doubles with 17 digits.
 
 use super::text::character;
-use serde_json::{Number, Value};
+use serde::Serialize;
+use serde_json::Value;
+use serde_json::ser::{CharEscape, Formatter, Serializer};
+use std::io::{self, Write};
 
 /// Appends `value` to `out`, without a newline.
 pub fn encode(value: &Value, out: &mut Vec<u8>) {
-    match value {
-        Value::Null => out.extend_from_slice(b"null"),
-        Value::Bool(true) => out.extend_from_slice(b"true"),
-        Value::Bool(false) => out.extend_from_slice(b"false"),
-        Value::Number(number) => out.extend_from_slice(self::number(number).as_bytes()),
-        Value::String(text) => string(text, out),
-        Value::Array(elements) => {
-            out.push(b'[');
-            for (index, element) in elements.iter().enumerate() {
-                separate(index, out);
-                encode(element, out);
-            }
-            out.push(b']');
-        }
-        Value::Object(members) => {
-            out.push(b'{');
-            for (index, (name, member)) in members.iter().enumerate() {
-                separate(index, out);
-                string(name, out);
-                out.extend_from_slice(b": ");
-                encode(member, out);
-            }
-            out.push(b'}');
-        }
+    if let Err(error) = value.serialize(&mut Serializer::with_formatter(out, Style)) {
+        unreachable!("every value is JSON, and memory takes every byte: {error}");
     }
 }
 
-fn separate(index: usize, out: &mut Vec<u8>) {
-    if index > 0 {
-        out.extend_from_slice(b", ");
-    }
+/// What `encode` would write of the value of `answer`, without making that first.
+/// # Errors
+/// When it is none that JSON knows: a name of a member that is no text.
+pub fn written(answer: &impl Serialize) -> serde_json::Result<Vec<u8>> {
+    let mut out = Vec::new();
+    answer.serialize(&mut Serializer::with_formatter(&mut out, Style))?;
+    Ok(out)
 }
 
-fn string(text: &str, out: &mut Vec<u8>) {
-    out.reserve(text.len() + 2);
-    out.push(b'"');
-    for found in text.chars() {
-        match found {
-            '"' => out.extend_from_slice(b"\\\""),
-            '\\' => out.extend_from_slice(b"\\\\"),
-            '\u{8}' => out.extend_from_slice(b"\\b"),
-            '\u{c}' => out.extend_from_slice(b"\\f"),
-            '\n' => out.extend_from_slice(b"\\n"),
-            '\r' => out.extend_from_slice(b"\\r"),
-            '\t' => out.extend_from_slice(b"\\t"),
-            ' '..='~' => out.push(u8::try_from(found).unwrap_or(b'?')),
-            _ => {
-                let found = character(u32::from(found)).unwrap_or('\u{FFFD}');
-                for unit in found.encode_utf16(&mut [0; 2]) {
-                    out.extend_from_slice(format!("\\u{unit:04X}").as_bytes());
-                }
+/// How qemu-ga writes.
+struct Style;
+
+impl Formatter for Style {
+    fn write_f64<W: ?Sized + Write>(&mut self, out: &mut W, double: f64) -> io::Result<()> {
+        out.write_all(general(double).as_bytes())
+    }
+
+    fn begin_array_value<W: ?Sized + Write>(&mut self, out: &mut W, is_first: bool) -> io::Result<()> {
+        if is_first { Ok(()) } else { out.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + Write>(&mut self, out: &mut W, is_first: bool) -> io::Result<()> {
+        if is_first { Ok(()) } else { out.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + Write>(&mut self, out: &mut W) -> io::Result<()> {
+        out.write_all(b": ")
+    }
+
+    fn write_string_fragment<W: ?Sized + Write>(&mut self, out: &mut W, text: &str) -> io::Result<()> {
+        let is_plain = |byte: &u8| (b' '..=b'~').contains(byte);
+        let mut rest = text;
+        while !rest.is_empty() {
+            let plain = rest.bytes().position(|byte| !is_plain(&byte)).unwrap_or(rest.len());
+            out.write_all(&rest.as_bytes()[..plain])?;
+            let mut others = rest[plain..].chars();
+            if let Some(other) = others.next() {
+                escape(other, out)?;
             }
+            rest = others.as_str();
         }
+        Ok(())
     }
-    out.push(b'"');
+
+    fn write_char_escape<W: ?Sized + Write>(&mut self, out: &mut W, escape: CharEscape) -> io::Result<()> {
+        out.write_all(match escape {
+            CharEscape::Quote => b"\\\"",
+            CharEscape::ReverseSolidus => b"\\\\",
+            CharEscape::Solidus => b"/",
+            CharEscape::Backspace => b"\\b",
+            CharEscape::FormFeed => b"\\f",
+            CharEscape::LineFeed => b"\\n",
+            CharEscape::CarriageReturn => b"\\r",
+            CharEscape::Tab => b"\\t",
+            CharEscape::AsciiControl(byte) => return self::escape(char::from(byte), out),
+        })
+    }
 }
 
-fn number(number: &Number) -> String {
-    match number.as_f64() {
-        Some(double) if number.is_f64() => general(double),
-        _ => number.to_string(),
-    }
+fn escape(found: char, out: &mut (impl Write + ?Sized)) -> io::Result<()> {
+    let found = character(u32::from(found)).unwrap_or('\u{FFFD}');
+    found.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(out, "\\u{unit:04X}"))
 }
 
 /// `printf("%.17g")`: 17 significant digits, trailing zeros dropped, an exponent where it is shorter.
@@ -97,6 +105,7 @@ mod tests {
         let mut out = Vec::new();
         super::encode(value, &mut out);
         assert_eq!(String::from_utf8_lossy(&out), expected);
+        assert_eq!(super::written(value).expect("JSON"), out);
     }
 
     #[test]

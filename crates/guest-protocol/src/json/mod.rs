@@ -9,7 +9,7 @@ mod received;
 mod text;
 mod token;
 
-pub use encode::encode;
+pub use encode::{encode, written};
 pub use packed::{Packed, Text};
 pub use reader::{Item, Limits, Reader};
 pub use received::Received;
