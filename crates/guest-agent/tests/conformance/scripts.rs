@@ -49,6 +49,10 @@ fn shell(script: &str) -> Value {
     json!({"path": "/bin/sh", "arg": ["-c", script], "capture-output": true})
 }
 
+fn fed(base64: &str) -> Value {
+    json!({"path": "/bin/cat", "input-data": base64, "capture-output": true})
+}
+
 /// A handle is the answer's number.
 fn open(peer: &mut Peer, path: &str, mode: &str) -> (Value, i64) {
     let answer = peer.answer("guest-file-open", &json!({"path": path, "mode": mode}));
@@ -203,6 +207,16 @@ scripts! {
             shell("cat; echo done"),
             json!({"path": "/bin/sh", "arg": ["-c", "cat"], "input-data": STANDARD.encode("in\n"), "capture-output": true}),
             json!({"path": "/bin/sh", "arg": ["-c", "cat"], "input-data": "", "capture-output": true}),
+            fed("aW4"),
+            fed("aW4="),
+            fed("aW4=aW4="),
+            fed("aW\n4K\n"),
+            fed("aW4=K"),
+            fed("===="),
+            fed("a=W4"),
+            fed("aW4 "),
+            fed("aW4-"),
+            fed("\u{e9}"),
             json!({"path": "/bin/sh", "arg": ["-c", "echo $A $PATH"], "env": ["A=b c", "PATH=/bin"], "capture-output": true}),
             json!({"path": "/bin/sh", "arg": ["-c", "echo ${A-unset}"], "env": [], "capture-output": true}),
             json!({"path": "/bin/sh", "arg": ["-c", "pwd; umask"], "capture-output": false}),
