@@ -1,6 +1,6 @@
 //! Sends every stream to both agents and compares what they answer, line by line.
 
-use super::differences::{Between, DIFFERENCES, Difference};
+use super::differences::{Between, DIFFERENCES, Difference, Run};
 use super::peer::{Line, Peer, shown};
 use super::streams::{Like, Stream};
 use serde_json::Value;
@@ -25,9 +25,9 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Prints what was compared; fails if anything differed that has no reason.
-    pub(crate) fn conclude(self, version: &str) {
-        eprintln!("qemu-ga {version}: {} streams, {} answers compared", self.streams, self.answers);
+    /// Prints what was compared; fails if anything differed that has no reason, or nothing did where there is one.
+    pub(crate) fn conclude(self, run: Run, name: &str, version: Version) {
+        eprintln!("qemu-ga {name}: {} streams, {} answers compared", self.streams, self.answers);
         for (name, times) in &self.seen {
             let why = DIFFERENCES.iter().find(|one| one.name == *name).map_or("", |one| one.why);
             eprintln!("  {times:5} × {name}: {why}");
@@ -44,6 +44,10 @@ impl Tally {
             }
         }
         assert!(failed == 0, "{failed} answers differ");
+        let out_of_date =
+            DIFFERENCES.iter().filter(|one| (one.met)(run, version) && !self.seen.contains_key(one.name));
+        let out_of_date: Vec<&str> = out_of_date.map(|one| one.name).collect();
+        assert!(out_of_date.is_empty(), "nothing differs any more in {out_of_date:?}");
         assert!(self.streams > 0, "nothing was compared");
     }
 

@@ -2,6 +2,7 @@
 
 use super::client::Inside;
 use super::compare::{self, Tally, Version, masked};
+use super::differences::Run;
 use super::peer::Peer;
 use super::private_root::Build;
 use super::scripts::SCRIPTS;
@@ -132,7 +133,7 @@ fn same_answers(name: &str, version: Version) {
         missing.iter().for_each(|command| tally.absent(command));
     }
     assert_eq!((stock.end(), ours.end()), (Some(0), Some(0)), "both end well");
-    tally.conclude(name);
+    tally.conclude(Run::Answers, name, version);
 }
 
 /// guest-info: the same commands in the same order, ours before them, and no other version.
@@ -183,7 +184,7 @@ fn same_freezes(name: &str, version: Version) {
     {
         tally.script(part, version, stock, ours);
     }
-    tally.conclude(name);
+    tally.conclude(Run::Freezes, name, version);
 }
 
 /// Asks, and puts each answer beside its request.
