@@ -177,8 +177,36 @@ fn bench(arguments: &[String]) -> Result<(), String> {
         });
         parts.iter().fold(command, |command, parts| command.env("STILLPOINT_GUEST", &parts.to_string())).run()
     })?;
+    if let Some((ours, _)) = agents {
+        stages.run("a run's memory", || run_memory(&ours))?;
+    }
     stages.report();
     Ok(())
+}
+
+/// What agent, guard and one worker hold during a run. Nothing can be frozen on this machine but in the private roots of
+/// the freeze tests, so those measure it, with the agent as it is delivered.
+fn run_memory(agent: &str) -> Result<(), String> {
+    [
+        ("native_freeze", "an_agent_and_its_guard_take_little_memory_while_frozen"),
+        ("postgres", "worker::a_worker_has_its_applications_rights_and_only_its_own_descriptors"),
+    ]
+    .iter()
+    .try_for_each(|(program, test)| {
+        let words = [
+            "test",
+            "--quiet",
+            "--package",
+            "guest-agent",
+            "--test",
+            program,
+            "--",
+            "--nocapture",
+            "--exact",
+            test,
+        ];
+        cargo(&words).env("STILLPOINT_AGENT", agent).run()
+    })
 }
 
 /// Builds `stillpoint` as it is delivered, and a program of `vm-tests` that uses it; returns the latter's path.

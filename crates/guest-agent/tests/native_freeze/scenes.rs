@@ -43,6 +43,9 @@ pub(crate) fn two(build: &mut Build) {
     build.filesystem("ext4", "/b");
 }
 
+/// Most that agent and guard hold while frozen, in any build: the delivered one takes a fifth.
+const RUN_KIB_MAX: u64 = 20 << 10;
+
 scenes! {
     freezes_and_thaws_ext4_xfs_and_btrfs_with_subvolumes: |build| {
         build.filesystem("ext4", "/e");
@@ -303,6 +306,20 @@ scenes! {
         let resident = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
         eprintln!("the guard: {locked}; {resident}");
         assert_eq!(filesystem(&agent.thaw("r"), "/data")["state"], "held");
+    };
+
+    /// `cargo xtask bench agent` shows what this prints of the agent as it is delivered.
+    an_agent_and_its_guard_take_little_memory_while_frozen: ext4, |inside| {
+        let agent = inside.agent();
+        agent.freeze("r", 60_000);
+        let [own, guards] = [agent.pid(), inside.guard().unwrap()].map(|pid| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+            line.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+        });
+        assert_eq!(filesystem(&agent.thaw("r"), "/data")["state"], "held");
+        eprintln!("resident while frozen: the agent {own} KiB, its guard {guards} KiB");
+        assert!(own + guards < RUN_KIB_MAX, "{own} and {guards} KiB");
     };
 
     /// FIFREEZE flushes onto a device so slow that it outlasts the lease.

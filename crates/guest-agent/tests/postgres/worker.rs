@@ -31,6 +31,10 @@ fn a_worker_has_its_applications_rights_and_only_its_own_descriptors() {
     assert_eq!(field("Groups:"), Vec::<String>::new());
     assert_eq!(field("NoNewPrivs:"), ["1"]);
     assert_eq!(field("Threads:"), ["1"]);
+    // `cargo xtask bench agent` shows this of the agent as it is delivered.
+    let resident_kib: u64 = field("VmRSS:")[0].parse().unwrap();
+    writeln!(std::io::stderr(), "resident while quiesced: a worker {resident_kib} KiB").unwrap();
+    assert!(resident_kib < 12 << 10, "{resident_kib} KiB");
     for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
         assert_eq!(field(set), ["0000000000000000"], "{set}");
     }
