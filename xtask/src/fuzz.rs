@@ -36,8 +36,11 @@ pub(crate) fn fuzz(arguments: &[String]) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether all targets still compile; with the features of a plain build, so in seconds where little has changed.
+/// Whether all targets have seeds and still compile; with the features of a plain build, so in seconds where little has changed.
 pub(crate) fn check() -> Result<(), String> {
+    if let Some(bare) = targets()?.iter().find(|target| !seeds(target).is_dir()) {
+        return Err(format!("fuzz target {bare} has no seeds: {} is missing", seeds(bare).display()));
+    }
     cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]).run()?;
     cargo(&["check", "--quiet", "--locked", "--manifest-path", "fuzz/Cargo.toml", "--target-dir"])
         .arg(&build_folder()?.join("check").to_string_lossy())
@@ -53,6 +56,10 @@ fn targets() -> Result<Vec<String>, String> {
         names.filter_map(|name| Some(name.strip_suffix(".rs")?.to_owned())).collect();
     targets.sort();
     Ok(targets)
+}
+
+fn seeds(target: &str) -> PathBuf {
+    root().join("fuzz/corpus").join(target)
 }
 
 fn install() -> Result<(), String> {
@@ -73,7 +80,7 @@ fn run(target: &str, seconds: u64) -> Result<(), String> {
     sanitized(&["fuzz", "run", target, "--target-dir"])
         .arg(&folder.to_string_lossy())
         .arg(&found.to_string_lossy())
-        .arg(&root().join("fuzz/corpus").join(target).to_string_lossy())
+        .arg(&seeds(target).to_string_lossy())
         .arg("--")
         .arg(&format!("-artifact_prefix={}/", crashes.display()))
         .arg(&format!("-max_total_time={seconds}"))
