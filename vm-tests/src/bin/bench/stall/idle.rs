@@ -24,7 +24,8 @@ pub(super) fn run(guest: &Guest, has_older: bool) -> Result<(), String> {
             }
             for number in 0..IN_A_ROW {
                 let frozen = freeze(guest, &format!("idle-{older}-{turn}-{number}"));
-                all[usize::from(*older)].push(frozen.map_err(|error| error.to_string())?);
+                let frozen = frozen.map_err(|error| format!("{error}\n{}", guest.serial_tail()))?;
+                all[usize::from(*older)].push(frozen);
             }
         }
     }
