@@ -130,12 +130,6 @@ impl Applications {
         budgets.min().and_then(|least| u64::try_from(least).ok()).unwrap_or(BUDGET_MS_DEFAULT)
     }
 
-    /// Whether what a quiesce holds stalls the clients of any application, from then to the thaw.
-    #[must_use]
-    pub fn stall_writers(&self) -> bool {
-        self.instances.iter().any(|one| one.stalls_writers && one.report.policy != Policy::Off)
-    }
-
     /// Why the run must fail: an application with policy `required` is not found, a phase of it failed, or (once
     /// resumed) it was not held.
     #[must_use]

@@ -34,7 +34,6 @@ pub(super) struct Turn<'a> {
 /// An instance in a run.
 pub(super) struct Instance {
     pub(super) freeze_budget: Duration,
-    pub(super) stalls_writers: bool,
     pub(super) process: Process,
     pub(super) report: ApplicationReport,
     errand: Option<Errand>,
@@ -46,7 +45,6 @@ impl Instance {
     pub(super) fn new(kind: &Kind, found: Found, policy: Policy) -> Self {
         let mut instance = Self {
             freeze_budget: kind.freeze_budget,
-            stalls_writers: kind.stalls_writers,
             process: found.process,
             report: ApplicationReport {
                 kind: kind.name.to_owned(),

@@ -15,8 +15,6 @@ pub(super) struct Kind {
     pub(super) name: &'static str,
     /// The longest freeze that its instances bear.
     pub(super) freeze_budget: Duration,
-    /// What it holds from the quiesce to the thaw stalls its clients.
-    pub(super) stalls_writers: bool,
     /// In the agent: finds the instances among the processes with these ids. Connects to nothing.
     pub(super) discover: fn(&[u32], Instant) -> Vec<Found>,
     /// In a worker: makes a session from an order and the number of the socket; connects in its first phase.

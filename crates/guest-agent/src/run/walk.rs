@@ -28,10 +28,10 @@ use std::time::{Duration, Instant};
 const ROUND_FAST: Duration = Duration::from_millis(50);
 /// Most flush rounds: a guest that dirties faster than it writes never converges.
 const ROUNDS_MAX: usize = 8;
-/// Before a quiesce that stalls writers a round as quick as this will do: what comes in while applications quiesce has to be
-/// flushed afterwards in any case, well within `LAST_FLUSH_MAX`, and each round is a time in which others wait for the disk.
+/// Before the quiesce a round as quick as this will do: what comes in while applications quiesce has to be flushed afterwards
+/// in any case, well within `LAST_FLUSH_MAX`, and each round is a time in which others wait for the disk.
 const FIRST_ROUND_FAST: Duration = Duration::from_secs(1);
-/// Longest time for the flush rounds between the quiesce and the freeze, where locks may be held.
+/// Longest time for the flush rounds between the quiesce and the freeze, while locks may be held.
 const LAST_FLUSH_MAX: Duration = Duration::from_secs(5);
 /// Longest time for looking at other processes.
 const WRITERS_MAX: Duration = Duration::from_secs(2);
@@ -85,8 +85,6 @@ pub(super) struct Run {
     pub(super) applications: Applications,
     pub(super) evidence: Evidence,
     pub(super) held: Vec<Held>,
-    /// Where the quiesce stalls nobody, all flushes come after it, and have until then.
-    flush_until: Option<Instant>,
     first_flush: Option<Instant>,
     pub(super) ledger: Arc<Ledger>,
     pub(super) crew: Crew,
@@ -146,12 +144,6 @@ impl Run {
         last
     }
 
-    /// Longest time from now for the flush rounds before the freeze.
-    fn last_flush_max(&self) -> Duration {
-        let left = self.flush_until.map(|until| until.saturating_duration_since(Instant::now()));
-        left.unwrap_or_default().max(LAST_FLUSH_MAX)
-    }
-
     /// How long FIFREEZE will take, judged by the last flush: the steps follow one another, within a step it is the
     /// slowest. `None`: some file system could not even be flushed in time.
     fn predicted(&self, last: &[Option<Duration>]) -> Option<Duration> {
@@ -191,8 +183,7 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// Finds applications and file systems, lets applications write out, starts the guard, and flushes in rounds what must not
-    /// be flushed while writers are stalled.
+    /// Finds applications and file systems, lets applications write out, starts the guard, flushes in rounds.
     pub(super) fn prepare(
         shared: &Arc<Shared>,
         order: Order,
@@ -229,8 +220,8 @@ impl Prepared {
         let Surveyed { plan, mounts, reached } = surveyed;
         // Where applications are to be left alone, so are those that hooks speak to.
         let hook = settings.hooks.as_ref().filter(|_| order.want == Want::Application);
-        let paths = match hook.map_or(Ok(Vec::new()), |hook| hooks::find(&hook.path)) {
-            Ok(paths) => paths,
+        let hooks = match hook.map_or(Ok(Vec::new()), |hook| hooks::find(&hook.path)) {
+            Ok(hooks) => hooks,
             Err(failure) => return Err(failed(evidence, failure.into())),
         };
         let mut held = Vec::new();
@@ -253,7 +244,7 @@ impl Prepared {
             boot_id: evidence.report.boot_id.clone(),
             lease_ms: order.lease_ms,
             filesystems: recorded,
-            hooks: paths.clone(),
+            hooks: hooks.clone(),
         };
         let (ledger, record) = match Records::new(statedir).create(&record) {
             Ok((ledger, written)) => (Arc::new(ledger), written),
@@ -263,9 +254,7 @@ impl Prepared {
             }
         };
         expect_within(&ledger, START_MAX + order.prepare + WRITERS_MAX);
-        // Nobody knows what a hook holds.
-        let mut is_stalling = !paths.is_empty();
-        let hooks = Hooks::new(paths, hook, &order.id, &ledger, shared.leftovers());
+        let hooks = Hooks::new(hooks, hook, &order.id, &ledger, shared.leftovers());
         let machinery = || -> std::io::Result<(Crew, Guard)> {
             Ok((Crew::start(&folders, &ledger)?, Guard::start(&ledger, &folders)?))
         };
@@ -285,7 +274,6 @@ impl Prepared {
         }
         if order.want == Want::Application {
             applications.prepare(deadline);
-            is_stalling |= applications.stall_writers();
         }
         let names =
             held.iter().map(|held| &plan.superblocks[held.planned]).map(|s| (s.device, s.name())).collect();
@@ -298,7 +286,6 @@ impl Prepared {
             evidence.reason(Reason::new("writers_incomplete", "/proc", "not every process was looked at"));
         }
         let shared = Arc::clone(shared);
-        let flush_until = (!is_stalling).then_some(deadline);
         let mut run = Run {
             shared,
             order,
@@ -307,15 +294,12 @@ impl Prepared {
             applications,
             evidence,
             held,
-            flush_until,
             first_flush: None,
             ledger,
             crew,
             guard,
         };
-        if is_stalling {
-            run.flush(FIRST_ROUND_FAST, deadline.max(Instant::now() + ROUND_FAST));
-        }
+        run.flush(FIRST_ROUND_FAST, deadline.max(Instant::now() + ROUND_FAST));
         run.evidence.report.prepare_ms = ms(begun.elapsed());
         match run.shared.enter(State::Quiescing) {
             Ok(()) => Ok(Self { run }),
@@ -332,7 +316,7 @@ impl Prepared {
         // A host of ours waits no longer than it said; one that knows no phases has its hooks' own limits.
         let for_hooks = if run.order.plain { run.hooks.freeze_max() } else { per_application };
         // The guard ends an agent that hangs with locks taken.
-        expect_within(&run.ledger, for_hooks + per_application + run.last_flush_max());
+        expect_within(&run.ledger, for_hooks + per_application + LAST_FLUSH_MAX);
         if let Err(error) = run.guard.arm() {
             let refusal = Refusal { code: "guard_failed", message: error.to_string() };
             return Err(run.stopped(refusal, Phase::GuardGone));
@@ -372,7 +356,7 @@ impl Quiesced {
         // qemu-ga's own freeze knows no budget, and a host that uses it cannot raise one.
         let allowed = if run.order.plain { u64::MAX } else { run.applications.budget_ms() };
         let budget = run.order.budget.min(Duration::from_millis(allowed));
-        let last = run.flush(ROUND_FAST, Instant::now() + run.last_flush_max());
+        let last = run.flush(ROUND_FAST, Instant::now() + LAST_FLUSH_MAX);
         match run.predicted(&last) {
             Some(predicted) if predicted <= budget => {}
             predicted => {

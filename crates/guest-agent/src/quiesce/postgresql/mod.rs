@@ -23,7 +23,6 @@ use std::time::Duration;
 pub(super) const KIND: Kind = Kind {
     name: "postgresql",
     freeze_budget: Duration::from_secs(5),
-    stalls_writers: false,
     discover: discover::discover,
     session: session::open,
 };
