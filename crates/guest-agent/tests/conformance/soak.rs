@@ -12,6 +12,8 @@ const CYCLES: usize = 1_000;
 /// Resident memory may grow by this much, in KiB, in the second half: the allocator gives back what it likes. One byte
 /// lost a request would be more.
 const GROWTH_KIB_MAX: u64 = 48;
+/// Memory comes and goes with the threads of a run: the least of so many cycles is what stays.
+const LEAST_OF: usize = 100;
 /// What is held when nothing is going on may not differ at all: descriptors and threads.
 type Held = (usize, u64);
 
@@ -118,7 +120,8 @@ fn file(peer: &mut Peer, commands: &[String]) -> usize {
 pub(crate) fn freezes(inside: &Inside) {
     let mut peer = Peer::start("ours", &["/bin/stillpoint-agent".to_owned()], &[]);
     let begun = Instant::now();
-    let mut warm = None;
+    let idle = held(&peer);
+    let mut resident = Vec::with_capacity(CYCLES);
     for cycle in 0..CYCLES {
         let frozen = if cycle % 2 == 0 {
             peer.answer("guest-fsfreeze-freeze", &json!({}))["return"].clone()
@@ -141,13 +144,11 @@ pub(crate) fn freezes(inside: &Inside) {
         if cycle % 100 < 2 {
             inside.expect_writable(&["/a", "/x", "/b"]);
         }
-        if cycle == CYCLES / 2 {
-            warm = Some((peer.status("VmRSS"), held(&peer)));
-        }
+        resident.push(peer.status("VmRSS"));
     }
-    let (rss, wanted) = warm.unwrap();
-    settled(&peer, wanted);
-    let now = peer.status("VmRSS");
+    settled(&peer, idle);
+    let least = |until: usize| resident[until - LEAST_OF..until].iter().copied().min().unwrap();
+    let (rss, now) = (least(CYCLES / 2), least(CYCLES));
     eprintln!(
         "{CYCLES} cycles in {:?}: {rss} KiB resident after half of them, {now} KiB at the end",
         begun.elapsed()
