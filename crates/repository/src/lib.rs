@@ -3,6 +3,7 @@
 //! Every call blocks. Object access is asynchronous inside; do not call from within an async task, use
 //! a blocking thread. The bytes at rest are those of `docs/format/repository.md`.
 
+mod background;
 mod cache;
 mod disk_writer;
 mod error;
@@ -19,6 +20,7 @@ mod verify;
 mod workers;
 mod writer;
 
+pub use background::give_way;
 pub use disk_writer::{DiskStats, DiskWriter};
 pub use error::Error;
 pub use local::LocalObjects;

@@ -1,6 +1,7 @@
 //! Threads that compress and seal frames, and the way their results come back.
 
 use crate::Error;
+use crate::background::give_way;
 use crate::frame_index::WindowKey;
 use crate::packs::Packs;
 use repository_format::{BLOCK_BYTES, Compressor, FRAME_BLOCKS_MAX, FrameAddress, FrameKind};
@@ -53,6 +54,7 @@ impl Drop for Workers {
 }
 
 fn work(queue: &Mutex<Receiver<FrameJob>>, packs: &Packs) {
+    give_way();
     let mut compressor = Compressor::default();
     loop {
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();

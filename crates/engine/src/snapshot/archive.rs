@@ -39,7 +39,25 @@ impl<'a> Archive<'a> {
 
     /// Reads and stores the wanted disks, each by its export, and notes how in the receipt. `bitmaps` are those that
     /// begin with this snapshot.
+    ///
+    /// Gives way meanwhile: applications that have just been thawed need the processors more than a snapshot does.
     pub(super) fn store(
+        &mut self,
+        socket: &Path,
+        exports: &[DiskExport],
+        bitmaps: &[Option<&str>],
+        receipt: &mut Receipt,
+    ) -> Result<(), SnapshotError> {
+        std::thread::scope(|scope| {
+            let storing = scope.spawn(|| {
+                repository::give_way();
+                self.store_all(socket, exports, bitmaps, receipt)
+            });
+            storing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn store_all(
         &mut self,
         socket: &Path,
         exports: &[DiskExport],

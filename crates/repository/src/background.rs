@@ -1,0 +1,35 @@
+//! Work that has time.
+
+/// The usual niceness of work in the background: a tenth of a processor is left to it where all others are busy. A copy that got
+/// next to nothing would never end, and a filter that waits for it fills its scratch.
+const NICENESS: i32 = 10;
+
+/// Lets the calling thread give way to every other one on this machine from now on, such as those of its virtual machines:
+/// what it does takes longer, so that nobody waits for it.
+///
+/// By itself no thread can take that back, and the threads that it starts do the same. Linux compares priorities within one
+/// control group and one session only.
+pub fn give_way() {
+    // Anybody may do so. Where it is forbidden all the same, the work is as urgent as any other.
+    let _given = rustix::process::getpriority_process(None)
+        .and_then(|niceness| rustix::process::setpriority_process(None, niceness.max(NICENESS)))
+        .is_ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_gives_way_alone() {
+        let niceness = || rustix::process::getpriority_process(None).expect("a priority");
+        let before = niceness();
+        let lowered = std::thread::spawn(move || {
+            give_way();
+            (niceness(), std::thread::spawn(niceness).join().expect("it ends"))
+        });
+        let given = before.max(NICENESS);
+        assert_eq!(lowered.join().expect("it ends"), (given, given));
+        assert_eq!(niceness(), before);
+    }
+}
