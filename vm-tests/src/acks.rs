@@ -66,6 +66,11 @@ impl Acks {
         arrived(&list)
     }
 
+    /// Begins anew: a reset takes back what no fsync made last.
+    pub(crate) fn forget(&self) {
+        self.list().clear();
+    }
+
     fn list(&self) -> MutexGuard<'_, Vec<Ack>> {
         self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

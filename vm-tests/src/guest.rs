@@ -7,10 +7,12 @@ use crate::commands::{AS_POSTGRES, DATA_RECORDS, ROOT_RECORDS, psql};
 use crate::harness::{self, Harness, Output};
 use crate::image::Image;
 use crate::qemu::{Disk, Machine, Qemu};
+use serde_json::json;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use vm::monitor::{Monitor, MonitorError};
 
 /// On a tmpfs that any user may write to: noting down a stall waits for no disk.
 const STALLS: &str = "/dev/shm/stalls";
@@ -467,10 +469,12 @@ impl Guest {
     /// If it does not answer soon.
     pub fn run_agent(&self, older: bool) {
         let build = if older { "agent-older" } else { "agent-today" };
-        // Renamed over the running one, which cannot be written to; init starts it again when it has ended.
+        // Renamed over the running one, which cannot be written to; init starts it again when it has ended. That is waited for:
+        // one that is about to end would still say that it is ready.
         let swap = format!(
             "cd /run/stillpoint && busybox cp {build} next && busybox mv next stillpoint-agent && \
-             busybox killall stillpoint-agent"
+             before=$(busybox pidof stillpoint-agent) && kill $before && \
+             for one in $before; do while [ -e /proc/$one ]; do busybox sleep 0.1; done; done"
         );
         self.exec(&swap).success();
         self.agent_ready(Duration::from_secs(60));
@@ -503,6 +507,25 @@ impl Guest {
             panic!("the guest does not power off\n{}", self.serial_tail());
         }
         asked.elapsed()
+    }
+
+    /// Presses the reset button: the guest boots again, and its load has to be started again. What was acknowledged is forgotten,
+    /// because a reset takes back what no fsync made last.
+    ///
+    /// # Panics
+    /// If QEMU does not answer.
+    pub fn reset(&self) {
+        let reset = || -> Result<(), MonitorError> {
+            let mut monitor = Monitor::connect(&self.second_qmp_socket(), harness::ANSWER_TIME_MAX)?;
+            // It was started with -no-reboot: a guest that crashes ends.
+            let orders = [("set-action", json!({ "reboot": "reset" })), ("system_reset", json!({}))];
+            orders.iter().try_for_each(|(order, arguments)| {
+                monitor.run_raw(order, arguments, harness::ANSWER_TIME_MAX).map(drop)
+            })
+        };
+        self.or_serial("QEMU's monitor", reset());
+        self.harness.forget();
+        self.acks.forget();
     }
 
     /// Pulls the plug: QEMU is killed. Returns the disks, which the folder beside them keeps alive.

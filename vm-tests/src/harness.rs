@@ -70,6 +70,11 @@ impl Harness {
         })
     }
 
+    /// Whoever answered is gone: the next call waits for the next one.
+    pub(crate) fn forget(&self) {
+        *self.agent.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     pub(crate) fn with_agent<T>(
         &self,
         limit: Duration,

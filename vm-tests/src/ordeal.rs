@@ -115,10 +115,7 @@ impl Ordeal {
     #[track_caller]
     pub fn begin(builder: GuestBuilder, stillpoint: Stillpoint, extent: Extent) -> Self {
         let guest = builder.lifetime(LIFETIME).start().expect("QEMU starts");
-        println!("our agent after {:.1?}", guest.agent_ready(LIMIT));
-        guest.booted(LIMIT);
-        println!("PostgreSQL after {:.1?}", guest.postgresql_ready(LIMIT));
-        guest.start_load();
+        put_to_work(&guest);
         let gate = |socket| Gate::before(socket, guest.folder()).expect("a gate");
         let (monitor, agent) = (gate(&guest.qmp_socket()), gate(&guest.agent_socket()));
         // A VM of that name that runs no more may be registered.
@@ -143,6 +140,15 @@ impl Ordeal {
         ordeal.kept += 1;
         ordeal.untouched = ordeal.guest.block_graph().shape();
         ordeal
+    }
+
+    /// Waits until a guest that was reset is up, and puts it to work.
+    ///
+    /// # Panics
+    /// If it does not boot.
+    #[track_caller]
+    pub fn works_again(&self) {
+        put_to_work(&self.guest);
     }
 
     /// Starts a run whose freeze has a lease of so many seconds.
@@ -436,6 +442,14 @@ impl Ordeal {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+#[track_caller]
+fn put_to_work(guest: &Guest) {
+    println!("our agent after {:.1?}", guest.agent_ready(LIMIT));
+    guest.booted(LIMIT);
+    println!("PostgreSQL after {:.1?}", guest.postgresql_ready(LIMIT));
+    guest.start_load();
 }
 
 /// The codes of the reasons in what a run printed.

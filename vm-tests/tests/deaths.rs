@@ -187,7 +187,7 @@ fn died(ordeal: &mut Ordeal) {
 }
 
 #[test]
-fn a_cut_channel_a_paused_vm_and_an_impatient_host_leave_nothing_frozen_or_locked() {
+fn a_cut_channel_a_paused_or_reset_vm_and_an_impatient_host_leave_nothing_frozen_or_locked() {
     silences(Extent::Quarter);
 }
 
@@ -268,6 +268,22 @@ fn silences(extent: Extent) {
         ordeal.is_worth_at_most(run, "application");
         ordeal.is_untouched();
         ordeal.is_over();
+
+        for at in [FROZEN, AFTER_THE_POINT] {
+            if !ordeal.takes() {
+                continue;
+            }
+            println!("-- {round}: reset by its owner at {at:?}");
+            ordeal.agent.hold(at);
+            let mut run = ordeal.run(LONG_LEASE_S);
+            ordeal.come_to(&ordeal.agent, &mut run);
+            ordeal.guest.reset();
+            ordeal.agent.pass();
+            ordeal.is_worth_at_most(run, "crash");
+            ordeal.works_again();
+            ordeal.is_untouched();
+            ordeal.is_over();
+        }
 
         println!("-- {round}: a host that waits no longer for its freeze, syncs and thaws");
         ordeal.hold_quiesce();
