@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vm_tests::bare::{fill, image, same};
-use vm_tests::{Bare, BareDisk, BlockGraph, Ended, Running, Stillpoint};
+use vm_tests::{At, Bare, BareDisk, BlockGraph, Ended, Gate, Running, Stillpoint};
 
 const MIB: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
@@ -221,23 +221,9 @@ fn a_vm_that_is_to_migrate_during_the_copy_stays_and_the_run_goes_on() {
     bare.throttle();
     copy(&bare.path("fast.qcow2"), &bare.path("before"));
     let run = in_the_copy(&stillpoint, "vm");
-    let folder = Bare::folder();
-    for name in ["slow.raw", "fast.qcow2"] {
-        std::os::unix::fs::symlink(bare.path(name), folder.path().join(name)).expect("a link");
-    }
-    let other = Bare::start(folder, &disks(), &["-incoming", "unix:incoming"]);
-    let uri = format!("unix:{}", other.path("incoming").display());
-    bare.command("migrate", &json!({ "uri": uri }));
-    let end = Instant::now() + LIMIT;
-    let migration = loop {
-        let found = bare.command("query-migrate", &json!({}));
-        let word = found["status"].as_str().unwrap_or_default().to_owned();
-        if ["completed", "failed", "cancelled"].contains(&&*word) {
-            break word;
-        }
-        assert!(Instant::now() < end, "the migration does not end: {found}");
-        std::thread::sleep(Duration::from_millis(20));
-    };
+    let other = target_of(&bare);
+    migrate(&bare, &other);
+    let migration = end_of_migration(&bare);
     println!("the migration: {migration}");
     // QEMU 7.2 cannot hand over disks behind a filter. It must go on then as if nothing had happened, and so must we.
     assert_eq!(migration, "failed", "another QEMU than those that were tried: say what becomes of the run");
@@ -255,20 +241,11 @@ fn a_vm_that_is_to_migrate_during_the_copy_stays_and_the_run_goes_on() {
 
     println!("-- without a run it migrates, and the next run is complete");
     drop(other);
-    let folder = Bare::folder();
-    for name in ["slow.raw", "fast.qcow2"] {
-        std::os::unix::fs::symlink(bare.path(name), folder.path().join(name)).expect("a link");
-    }
     bare.write("slow", 0xa5, 2 * MIB, MIB);
     bare.write("fast", 0xa6, 2 * MIB, MIB);
-    let other = Bare::start(folder, &disks(), &["-incoming", "unix:incoming"]);
-    let uri = format!("unix:{}", other.path("incoming").display());
-    bare.command("migrate", &json!({ "uri": uri }));
-    let end = Instant::now() + LIMIT;
-    while bare.command("query-migrate", &json!({}))["status"] != "completed" {
-        assert!(Instant::now() < end, "the migration does not end");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let other = target_of(&bare);
+    migrate(&bare, &other);
+    assert_eq!(end_of_migration(&bare), "completed");
     println!("-- the source still answers, but the disks are not its own any more");
     let ended = stillpoint.run(&["snapshot", "vm"]).expect("it ends");
     println!("{}", ended.stderr.trim_end());
@@ -281,6 +258,104 @@ fn a_vm_that_is_to_migrate_during_the_copy_stays_and_the_run_goes_on() {
     let next = stillpoint.must(&["snapshot", "vm"]);
     assert_holds(&stillpoint, &next, &other.path("slow.raw"), &other.path("fast.qcow2"));
     stillpoint.assert_sound(3);
+}
+
+/// A migration that is under way, or over, when the run comes to stop the VM: a VM that left is never started here again, and one
+/// that is leaving is not stopped.
+#[test]
+fn a_vm_that_migrates_before_the_cut_runs_in_one_place_only() {
+    let stillpoint = Stillpoint::with_key_file().expect("a repository");
+    let bare = Bare::start(images(), &disks(), &[]);
+    bare.unthrottle();
+    let gate = Gate::before(&bare.qmp_socket(), &bare.path("")).expect("a gate");
+    stillpoint.register("vm", gate.socket(), None).expect("registered");
+    stillpoint.must(&["snapshot", "vm"]);
+    let come_to = |messages: &[At]| {
+        gate.hold(messages[0]);
+        let run = stillpoint.start(&["snapshot", "vm"]).expect("it starts");
+        assert!(gate.wait(LIMIT), "the run does not come to {messages:?}");
+        for next in &messages[1..] {
+            gate.pass_to(*next);
+            assert!(gate.wait(LIMIT), "the run does not come to {next:?}");
+        }
+        run
+    };
+    // The first question is that of the preparation.
+    let before_the_stop = [At::Asked("query-migrate"), At::Asked("query-migrate")];
+
+    println!("-- on its way");
+    let run = come_to(&before_the_stop);
+    // Nobody reads there: it is under way for as long as the test wants.
+    let nowhere = bare.path("nowhere");
+    let _listener = UnixListener::bind(&nowhere).expect("a socket");
+    bare.command("migrate", &json!({ "uri": format!("unix:{}", nowhere.display()) }));
+    gate.pass();
+    run.wait().expect("it ends").assert_refused(8, "migrates");
+    assert_eq!(bare.command("query-status", &json!({}))["running"], true, "it was not stopped");
+    println!("-- and nothing is begun meanwhile");
+    stillpoint.run(&["snapshot", "vm"]).expect("it ends").assert_refused(8, "migrates");
+    bare.command("migrate_cancel", &json!({}));
+    assert_eq!(end_of_migration(&bare), "cancelled");
+    stillpoint.must(&["snapshot", "vm"]);
+
+    println!("-- gone, and the program is killed before it stopped anything");
+    let run = come_to(&before_the_stop);
+    let other = target_of(&bare);
+    migrate(&bare, &other);
+    println!("the migration: {}", end_of_migration(&bare));
+    run.signal(Signal::KILL);
+    assert_eq!(run.wait().expect("it ends").code(), -1);
+    gate.pass();
+    // A shell that the program left behind would speak at once.
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(bare.command("query-status", &json!({}))["status"], "postmigrate");
+    assert_eq!(other.command("query-status", &json!({}))["running"], true);
+    drop(bare);
+}
+
+#[test]
+fn a_vm_that_someone_else_lets_go_on_during_the_cut_leaves_no_snapshot() {
+    let stillpoint = Stillpoint::with_key_file().expect("a repository");
+    let bare = Bare::start(images(), &disks(), &[]);
+    bare.unthrottle();
+    let gate = Gate::before(&bare.qmp_socket(), &bare.path("")).expect("a gate");
+    stillpoint.register("vm", gate.socket(), None).expect("registered");
+    gate.hold(At::Answered("stop"));
+    let run = stillpoint.start(&["snapshot", "vm"]).expect("it starts");
+    assert!(gate.wait(LIMIT), "the run does not stop the VM");
+    bare.command("cont", &json!({}));
+    gate.pass();
+    run.wait().expect("it ends").assert_refused(4, "one after the other while the guest ran");
+    assert_eq!(listed(&stillpoint, "vm"), 0);
+    stillpoint.must(&["snapshot", "vm"]);
+}
+
+/// A QEMU that waits for the VM of another one, whose disks it shares.
+fn target_of(bare: &Bare) -> Bare {
+    let folder = Bare::folder();
+    for name in ["slow.raw", "fast.qcow2"] {
+        std::os::unix::fs::symlink(bare.path(name), folder.path().join(name)).expect("a link");
+    }
+    Bare::start(folder, &disks(), &["-incoming", "unix:incoming"])
+}
+
+fn migrate(bare: &Bare, target: &Bare) {
+    let uri = format!("unix:{}", target.path("incoming").display());
+    bare.command("migrate", &json!({ "uri": uri }));
+}
+
+/// How a migration ended.
+fn end_of_migration(bare: &Bare) -> String {
+    let end = Instant::now() + LIMIT;
+    loop {
+        let found = bare.command("query-migrate", &json!({}));
+        let word = found["status"].as_str().unwrap_or_default().to_owned();
+        if ["completed", "failed", "cancelled"].contains(&&*word) {
+            return word;
+        }
+        assert!(Instant::now() < end, "the migration does not end: {found}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// A monitor's socket of the test's own before QEMU's, which can be cut off: it forwards one client after the other.

@@ -3,7 +3,6 @@
 use crate::journal::{Journal, Note, tag};
 use crate::register::{Register, RegisterError, VmEntry, VmLock};
 use crate::snapshot::SnapshotError;
-use qmp::machine::QueryStatus;
 use std::time::Duration;
 use vm::monitor::Monitor;
 use vm::point::{self, ClaimError, Outcome};
@@ -26,11 +25,8 @@ pub(crate) fn connect(register: &Register, entry: &VmEntry) -> Result<Claimed, S
         return Err(RegisterError::Busy(other).into());
     }
     let mut monitor = Monitor::connect(&entry.qmp, CONNECT_TIMEOUT)?;
-    // Before anything is touched: the disks may be another QEMU's by now.
-    let status = monitor.run(&QueryStatus {})?;
-    if status.is_elsewhere() {
-        return Err(SnapshotError::Elsewhere(status.status));
-    }
+    // Before anything is touched: the disks may be another QEMU's by now, or be on their way.
+    point::here(&mut monitor)?;
     let journal = Journal::of(register, &entry.name);
     clear_leftovers(&journal, &mut monitor)?;
     Ok(Claimed { monitor, journal, lock })

@@ -223,7 +223,7 @@ impl Hands for Carrier<'_> {
         }
         Ok(Some(Point {
             at_ms,
-            vcpus_stopped: true,
+            vcpus_stopped: cut.stood,
             stopped_ms: cut.stopped.map_or(0.0, |stopped| stopped.as_secs_f64() * 1000.0),
             disks: self.archive.disks(),
             ..Point::default()
@@ -246,9 +246,8 @@ impl Hands for Carrier<'_> {
     }
 
     fn release(&mut self, run: &str, kept: bool) {
-        if let Some(unused) = self.prepared.take() {
-            unused.abandon();
-        }
+        // What was never cut starts nothing.
+        self.prepared = None;
         let Some(plan) = &self.plan else { return };
         let outcome = if kept { Outcome::Kept } else { Outcome::Dropped };
         let note = Note { run: run.to_owned(), plan: Some(plan.clone()), outcome };

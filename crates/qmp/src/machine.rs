@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 /// Asks whether the vCPUs run.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct QueryStatus {}
+/// Asks how far a migration is.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct QueryMigrate {}
 /// Stops the vCPUs, drains and flushes every disk.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Stop {}
@@ -52,6 +55,22 @@ impl Status {
             &*self.status,
             "inmigrate" | "finish-migrate" | "postmigrate" | "save-vm" | "restore-vm" | "colo"
         )
+    }
+}
+
+/// The newest migration of this VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Migration {
+    /// Absent if there was none: `setup`, `active`, `completed` …
+    #[serde(default)]
+    pub status: Option<String>,
+}
+
+impl Migration {
+    /// It has begun, and has neither ended nor failed. Whatever is not known counts as that. Source: `MigrationStatus` in QEMU's
+    /// `qapi/migration.json`.
+    pub fn is_under_way(&self) -> bool {
+        self.status.as_deref().is_some_and(|s| !matches!(s, "none" | "completed" | "failed" | "cancelled"))
     }
 }
 
@@ -107,6 +126,7 @@ pub struct MemorySize {
 
 commands! {
     QueryStatus => "query-status" -> Status;
+    QueryMigrate => "query-migrate" -> Migration;
     Stop => "stop" -> Nothing;
     Cont => "cont" -> Nothing;
     SystemPowerdown => "system_powerdown" -> Nothing;

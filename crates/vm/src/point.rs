@@ -16,6 +16,7 @@
 
 pub mod claim;
 mod cut;
+mod here;
 pub mod plan;
 pub mod restart;
 mod settle;
@@ -24,5 +25,6 @@ pub mod undo;
 
 pub use claim::{ClaimError, claim, unclaim};
 pub use cut::{Cut, PointError, Prepared, export, prepare};
+pub use here::{Away, here};
 pub use plan::{DiskExport, DiskPlan, DiskRequest, Plan, PlanError, Request};
 pub use undo::{Outcome, UndoError, release};

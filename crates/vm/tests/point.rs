@@ -320,7 +320,8 @@ fn whatever_step_the_program_was_killed_at_undoing_leaves_everything_as_it_was()
 #[test]
 fn a_program_that_dies_while_the_vcpus_are_stopped_leaves_them_running() {
     let (mut qemu, mut monitor) = running();
-    let restarter = Restarter::arm(monitor.duplicate_socket().unwrap()).unwrap();
+    let mut restarter = Restarter::start(monitor.duplicate_socket().unwrap()).unwrap();
+    restarter.arm().unwrap();
     monitor.run(&Stop {}).unwrap();
     drop(monitor); // what the kernel does to a killed process: the connection and the pipe are closed
     drop(restarter);
@@ -330,10 +331,21 @@ fn a_program_that_dies_while_the_vcpus_are_stopped_leaves_them_running() {
 #[test]
 fn a_disarmed_restarter_says_nothing() {
     let (mut qemu, mut monitor) = running();
-    let restarter = Restarter::arm(monitor.duplicate_socket().unwrap()).unwrap();
+    let mut restarter = Restarter::start(monitor.duplicate_socket().unwrap()).unwrap();
+    restarter.arm().unwrap();
     monitor.run(&Stop {}).unwrap();
     drop(restarter.disarm());
     drop(monitor);
+    assert!(!qemu.monitor().run(&QueryStatus {}).unwrap().running);
+}
+
+#[test]
+fn a_program_that_dies_before_it_stops_the_vcpus_starts_no_vm_that_its_owner_paused() {
+    let (mut qemu, mut monitor) = running();
+    let restarter = Restarter::start(monitor.duplicate_socket().unwrap()).unwrap();
+    monitor.run(&Stop {}).unwrap();
+    drop(monitor);
+    drop(restarter);
     assert!(!qemu.monitor().run(&QueryStatus {}).unwrap().running);
 }
 
@@ -601,7 +613,7 @@ fn a_disk_in_an_io_thread_is_refused_where_its_reader_could_take_qemu_down() {
     match point::prepare(&mut monitor, &plan) {
         Ok(prepared) => {
             assert!(allows_io_threads());
-            prepared.abandon();
+            drop(prepared);
             release(&mut monitor, &plan, Outcome::Dropped).unwrap();
         }
         Err(error) => {

@@ -13,7 +13,7 @@ use engine::watch::Cancel;
 use serde_json::{Value, json};
 use snapshot::{Level, Reason, Request};
 use vm::at_rest::AtRestError;
-use vm::point::PointError;
+use vm::point::{Away, PointError};
 use vm::untouched::Touched;
 
 pub(crate) fn run(global: &Global, wish: &SnapshotArguments, cancel: &Cancel) -> Result<Output, Explanation> {
@@ -161,7 +161,12 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
         SnapshotError::OtherFilter(_) => {
             plain(Exit::Busy, "wait until that backup has ended, or end it with its own tool")
         }
-        SnapshotError::Elsewhere(_) | SnapshotError::Point(PointError::Elsewhere(_)) => plain(
+        SnapshotError::Away(Away::Migrating(_))
+        | SnapshotError::Point(PointError::Away(Away::Migrating(_))) => plain(
+            Exit::Busy,
+            "wait until it has migrated, and register the monitor of the QEMU that it then runs in; or cancel the migration",
+        ),
+        SnapshotError::Away(_) | SnapshotError::Point(PointError::Away(_)) => plain(
             Exit::Unreachable,
             "if it migrates, wait until it has; then register the monitor of the QEMU that it runs in",
         ),

@@ -3,7 +3,7 @@
 use super::*;
 use ::snapshot::{Level, Reason, Request};
 use ::vm::monitor::MonitorError;
-use ::vm::point::PointError;
+use ::vm::point::{Away, PointError};
 use engine::boot::BootError;
 use engine::restore::RestoreError;
 use engine::snapshot::SnapshotError;
@@ -30,7 +30,8 @@ fn a_snapshot_that_was_not_taken_says_why_and_what_to_do() {
         SnapshotError::Monitor(MonitorError::Busy { path: path() }),
         SnapshotError::Held("abcdefgh".to_owned()),
         SnapshotError::OtherFilter("data".to_owned()),
-        SnapshotError::Elsewhere("postmigrate".to_owned()),
+        SnapshotError::Away(Away::Elsewhere("postmigrate".to_owned())),
+        SnapshotError::Away(Away::Migrating("active".to_owned())),
         SnapshotError::Ended("the NBD server closed the connection".to_owned()),
         SnapshotError::NoSuchDisk { disk: "dat".to_owned(), known: "root, data".to_owned() },
         SnapshotError::NoDisk,

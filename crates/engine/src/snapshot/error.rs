@@ -6,7 +6,7 @@ use snapshot::conduct::Failure;
 use snapshot::{Level, Reason};
 use vm::at_rest::AtRestError;
 use vm::monitor::MonitorError;
-use vm::point::{PlanError, PointError, UndoError};
+use vm::point::{Away, PlanError, PointError, UndoError};
 use vm::untouched::Touched;
 
 /// Why there is no snapshot.
@@ -28,8 +28,8 @@ pub enum SnapshotError {
     #[error("a backup's filter that is not this run's is in place on disk '{0}'")]
     OtherFilter(String),
     /// The disks are not this QEMU's, or will not be for long.
-    #[error("the VM does not run in this QEMU, whose state is {0}")]
-    Elsewhere(String),
+    #[error(transparent)]
+    Away(Away),
     /// The VM ended before the snapshot was complete.
     #[error("the VM ended during the run: {0}")]
     Ended(String),
@@ -110,6 +110,15 @@ impl SnapshotError {
                 | Self::Point(_)
                 | Self::Copy { source: CopyError::Read(_) | CopyError::Incomplete, .. }
         )
+    }
+}
+
+impl From<Away> for SnapshotError {
+    fn from(away: Away) -> Self {
+        match away {
+            Away::Monitor(error) => Self::Monitor(error),
+            away => Self::Away(away),
+        }
     }
 }
 

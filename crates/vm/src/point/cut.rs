@@ -1,6 +1,7 @@
 //! Carries a plan out: prepare, cut, export.
 
 use crate::monitor::{Monitor, MonitorError};
+use crate::point::here::{Away, here};
 use crate::point::plan::{DiskExport, Plan};
 use crate::point::restart::{Disarmed, Restarter};
 use crate::point::steps::StepError;
@@ -24,8 +25,8 @@ pub enum PointError {
     )]
     IoThread(String),
     /// The VM has migrated since the preparation, or does now: its disks are another QEMU's.
-    #[error("the VM does not run in this QEMU any more, whose state is {0}")]
-    Elsewhere(String),
+    #[error(transparent)]
+    Away(Away),
     /// A step failed.
     #[error(transparent)]
     Step(#[from] StepError),
@@ -43,13 +44,21 @@ impl From<MonitorError> for PointError {
     }
 }
 
+impl From<Away> for PointError {
+    fn from(away: Away) -> Self {
+        match away {
+            Away::Monitor(error) => error.into(),
+            away => Self::Away(away),
+        }
+    }
+}
+
 /// Everything slow is done.
 #[derive(Debug)]
 #[must_use = "what was prepared stays in QEMU until it is released"]
 pub struct Prepared<'p> {
     plan: &'p Plan,
-    /// Absent while the vCPUs do not run: our death must not start a VM that its owner paused.
-    restarter: Option<Restarter>,
+    restarter: Restarter,
 }
 
 /// The disks are cut.
@@ -57,7 +66,9 @@ pub struct Prepared<'p> {
 pub struct Cut {
     /// How long the vCPUs were stopped; absent if they did not run before.
     pub stopped: Option<Duration>,
-    _restarter: Option<Disarmed>,
+    /// They still stood when the last disk had been cut: nobody else had let them go on meanwhile.
+    pub stood: bool,
+    _restarter: Disarmed,
 }
 
 /// Does everything slow: scratch images, filters, NBD server. The guest runs on undisturbed.
@@ -86,7 +97,8 @@ pub fn prepare<'p>(monitor: &mut Monitor, plan: &'p Plan) -> Result<Prepared<'p>
     for step in plan.prepare_steps() {
         step.run(monitor)?;
     }
-    let restarter = plan.running.then(|| arm(monitor)).transpose()?;
+    let connection = monitor.duplicate_socket().map_err(PointError::Restarter)?;
+    let restarter = Restarter::start(connection).map_err(PointError::Restarter)?;
     Ok(Prepared { plan, restarter })
 }
 
@@ -103,11 +115,6 @@ fn reads_beside_io_threads(monitor: &mut Monitor) -> Result<bool, MonitorError> 
     }
 }
 
-fn arm(monitor: &Monitor) -> Result<Restarter, PointError> {
-    let connection = monitor.duplicate_socket().map_err(PointError::Restarter)?;
-    Restarter::arm(connection).map_err(PointError::Restarter)
-}
-
 impl Prepared<'_> {
     /// Cuts all disks in one step. If the vCPUs run, they are stopped meanwhile and run again whatever fails.
     ///
@@ -117,53 +124,58 @@ impl Prepared<'_> {
     /// See [`PointError`]; call [`release`](crate::point::release) then.
     pub fn cut(mut self, monitor: &mut Monitor, limit: Duration) -> Result<Cut, PointError> {
         let steps = self.plan.cut_steps();
-        let running = match monitor.run(&QueryStatus {}) {
-            Ok(status) if status.is_elsewhere() => {
-                self.abandon();
-                return Err(PointError::Elsewhere(status.status));
-            }
-            Ok(status) => status.running,
-            Err(error) => {
-                self.abandon();
-                return Err(error.into());
-            }
-        };
-        match (running, self.restarter.take()) {
-            // Started or paused by its owner since the preparation.
-            (true, None) => self.restarter = Some(arm(monitor)?),
-            (false, Some(unneeded)) => drop(unneeded.disarm()),
-            (_, restarter) => self.restarter = restarter,
+        let cut = |monitor: &mut Monitor| steps.iter().try_for_each(|step| step.run(monitor));
+        if !here(monitor)?.running {
+            cut(monitor)?;
+            let stood = !monitor.run(&QueryStatus {})?.running;
+            return Ok(Cut { stopped: None, stood, _restarter: self.restarter.disarm() });
         }
+        self.restarter.arm().map_err(PointError::Restarter)?;
         let began = Instant::now();
-        let stopped = if running { monitor.run_within(&Stop {}, limit).map(drop) } else { Ok(()) };
-        let outcome = stopped
+        let outcome = monitor
+            .run_within(&Stop {}, limit)
             .map_err(PointError::from)
-            .and_then(|()| steps.iter().try_for_each(|step| step.run(monitor).map_err(PointError::from)));
-        if running {
-            // Also after a `stop` that was not answered: QEMU takes commands in order, so it runs in the end. If this
-            // fails, `self.restarter` is dropped armed and tries once more.
-            resume(monitor).map_err(PointError::Paused)?;
-        }
+            .and_then(|_| cut(monitor).map_err(PointError::from));
+        // Also after a `stop` that was not answered: QEMU takes commands in order, so it runs in the end. If this
+        // fails, `self.restarter` is dropped armed and tries once more.
+        let resumed = resume(monitor).map_err(PointError::Paused)?;
         let stopped = began.elapsed();
-        let restarter = self.restarter.map(Restarter::disarm);
-        outcome.map(|()| Cut { stopped: running.then_some(stopped), _restarter: restarter })
-    }
-
-    /// Ends without a cut.
-    pub fn abandon(self) {
-        drop(self.restarter.map(Restarter::disarm));
+        let restarter = self.restarter.disarm();
+        match resumed {
+            Resumed::Runs { stood } => {
+                outcome.map(|()| Cut { stopped: Some(stopped), stood, _restarter: restarter })
+            }
+            Resumed::Left(state) => Err(Away::Elsewhere(state).into()),
+        }
     }
 }
 
-/// Lets the vCPUs run. QEMU outlives a connection that broke, and then only a new one can tell it.
-fn resume(monitor: &mut Monitor) -> Result<(), MonitorError> {
-    match monitor.run(&Cont {}) {
+enum Resumed {
+    Runs {
+        /// It did not before.
+        stood: bool,
+    },
+    /// The VM has migrated meanwhile, and runs where it is now. The state of this QEMU.
+    Left(String),
+}
+
+/// Lets the vCPUs run, if they are here. QEMU outlives a connection that broke, and then only a new one can tell it.
+fn resume(monitor: &mut Monitor) -> Result<Resumed, MonitorError> {
+    match go_on(monitor) {
         Err(error) if error.is_broken() => {
             monitor.reconnect(RECONNECT_TIMEOUT)?;
-            monitor.run(&Cont {}).map(drop)
+            go_on(monitor)
         }
-        answered => answered.map(drop),
+        answered => answered,
     }
+}
+
+fn go_on(monitor: &mut Monitor) -> Result<Resumed, MonitorError> {
+    let status = monitor.run(&QueryStatus {})?;
+    if status.is_elsewhere() {
+        return Ok(Resumed::Left(status.status));
+    }
+    monitor.run(&Cont {}).map(|_| Resumed::Runs { stood: !status.running })
 }
 
 /// Makes the disks readable as they were at the point.
