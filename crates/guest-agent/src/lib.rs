@@ -12,6 +12,7 @@ pub mod logging;
 pub mod oom;
 pub mod options;
 pub mod poll;
+mod program;
 pub mod quiesce;
 pub mod run;
 pub mod signals;

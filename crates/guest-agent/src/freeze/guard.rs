@@ -16,15 +16,15 @@ use super::crew::thaw_until_settled;
 use super::grace;
 use super::kernel::boottime_ns;
 use super::ledger::{Freeze, Ledger, Phase, Thaw};
+use crate::program::Program;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::mm::MlockAllFlags;
+use rustix::net::SendFlags;
 use rustix::process::Signal;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
 };
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -38,6 +38,8 @@ use std::time::{Duration, Instant};
 
 /// Argument 0 of the guard, by which the program knows what to be.
 const NAME: &str = "stillpoint-guard";
+/// The program that runs.
+const FILE: &str = "/proc/self/exe";
 /// Longest wait until it is ready: it copies and starts one program.
 pub const START_MAX: Duration = Duration::from_secs(10);
 /// Longest wait until it has set its timer.
@@ -52,6 +54,9 @@ const AGENT_CLAIM_MAX: Duration = Duration::from_millis(250);
 const AGENT_LATE_NS: u64 = 5_000_000_000;
 /// Stack of each thread.
 const STACK_BYTES: usize = 64 << 10;
+
+/// A line that is full has unread what would be said once more, or an end that hangs: nobody waits for it.
+const WITHOUT_WAITING: SendFlags = SendFlags::NOSIGNAL.union(SendFlags::DONTWAIT);
 
 const LEASE: u8 = b'L';
 const QUIT: u8 = b'Q';
@@ -71,13 +76,12 @@ impl Guard {
     /// When it cannot be started or does not answer: then nothing may be frozen.
     pub fn start(ledger: &Ledger, folders: &[Arc<OwnedFd>]) -> io::Result<Self> {
         // Where programs in memory may not be executed (`vm.memfd_noexec`, some security modules), the file must do.
-        let copy = own_program().and_then(|program| Self::start_from(Some(&program), ledger, folders));
-        copy.or_else(|_| Self::start_from(None, ledger, folders))
+        let copy = Program::copy_of(Path::new(FILE))
+            .and_then(|program| Self::start_from(&program.path(), ledger, folders));
+        copy.or_else(|_| Self::start_from(FILE, ledger, folders))
     }
 
-    fn start_from(copy: Option<&OwnedFd>, ledger: &Ledger, folders: &[Arc<OwnedFd>]) -> io::Result<Self> {
-        let program =
-            copy.map_or("/proc/self/exe".to_owned(), |copy| format!("/proc/self/fd/{}", copy.as_raw_fd()));
+    fn start_from(program: &str, ledger: &Ledger, folders: &[Arc<OwnedFd>]) -> io::Result<Self> {
         let (line, theirs) = UnixStream::pair()?;
         let mut inherited: Vec<RawFd> = vec![theirs.as_raw_fd(), ledger.file().as_raw_fd()];
         inherited.extend(folders.iter().map(|folder| folder.as_raw_fd()));
@@ -150,7 +154,7 @@ impl Guard {
     /// Ends it: everything is thawed.
     pub fn end(&mut self) {
         // One that is dead already has no use for it.
-        let _told = rustix::net::send(&self.line, &[QUIT], rustix::net::SendFlags::NOSIGNAL).is_ok();
+        let _told = rustix::net::send(&self.line, &[QUIT], WITHOUT_WAITING).is_ok();
         let deadline = Instant::now() + END_MAX;
         while Instant::now() < deadline {
             if !matches!(self.child.try_wait(), Ok(None)) {
@@ -206,24 +210,9 @@ impl Bell {
     /// Rings. A guard that is gone is noticed elsewhere.
     pub fn ring(&self) {
         if let Some(line) = &self.line {
-            let _rung = rustix::net::send(line, &[LEASE], rustix::net::SendFlags::NOSIGNAL).is_ok();
+            let _rung = rustix::net::send(line, &[LEASE], WITHOUT_WAITING).is_ok();
         }
     }
-}
-
-/// A sealed copy of this program in memory: reading it while frozen needs no file system.
-fn own_program() -> io::Result<OwnedFd> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    // Kernels before 6.3 do not know EXEC and refuse it; later ones may be set to ask for it.
-    let copy = rustix::fs::memfd_create(NAME, flags | MemfdFlags::EXEC)
-        .or_else(|_| rustix::fs::memfd_create(NAME, flags))?;
-    let mut copy = File::from(copy);
-    io::copy(&mut File::open("/proc/self/exe")?, &mut copy)?;
-    rustix::fs::fcntl_add_seals(
-        &copy,
-        SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE,
-    )?;
-    Ok(copy.into())
 }
 
 /// Becomes the guard, and never returns, if this process was started as one. Call it first in `main`.
@@ -369,9 +358,7 @@ fn end_agent(agent: Option<rustix::process::Pid>) {
 
 fn say(line: &OwnedFd, byte: u8) {
     // The agent may be gone; the next read tells.
-    let _said =
-        rustix::net::send(line, &[byte], rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT)
-            .is_ok();
+    let _said = rustix::net::send(line, &[byte], WITHOUT_WAITING).is_ok();
 }
 
 fn set_timer(timer: &OwnedFd, deadline_ns: u64) -> io::Result<()> {

@@ -4,7 +4,7 @@ use super::channel::Note;
 use super::instance::{Instance, Turn};
 use super::kinds::KINDS;
 use super::process;
-use super::worker::Program;
+use crate::program::Program;
 use guest_protocol::stillpoint::{APPLICATIONS_MAX, ApplicationPolicy, ApplicationReport, Policy, Reason};
 use std::collections::BTreeSet;
 use std::path::Path;

@@ -3,7 +3,8 @@
 use super::channel::{Answer, Note, Phase};
 use super::kinds::{Found, Kind};
 use super::process::Process;
-use super::worker::{Errand, Lost, Program, Worker};
+use super::worker::{Errand, Lost, Worker};
+use crate::program::Program;
 use guest_protocol::stillpoint::{ApplicationReport, Policy, Reason, TEXT_BYTES_MAX};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};

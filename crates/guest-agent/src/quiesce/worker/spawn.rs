@@ -1,7 +1,8 @@
 //! The agent's side of a worker: start it with the application's rights, ask it with a deadline, end it for certain.
 
 use super::super::channel::{self, Answer, Phase, Request};
-use super::{Program, WORKER_ARGUMENT};
+use super::WORKER_ARGUMENT;
+use crate::program::Program;
 use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};

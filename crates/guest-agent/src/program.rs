@@ -1,5 +1,5 @@
-//! The agent's own program, copied into memory and sealed, so that workers start from what runs now, whatever became
-//! of the file since.
+//! The agent's own program, copied into memory and sealed: guard and workers start from what runs now, whatever became of the
+//! file since, and reading it while frozen needs no file system.
 
 use rustix::fs::{MemfdFlags, Mode, SealFlags, fchmod, fcntl_add_seals, memfd_create};
 use std::fs::File;
@@ -9,25 +9,24 @@ use std::path::Path;
 
 /// Largest program that is copied, in bytes; a release build has a few MiB, a debug build some tens.
 const PROGRAM_BYTES_MAX: u64 = 512 << 20;
-/// Newer kernels want it said that a memory file may be executed (`vm.memfd_noexec`, Linux 6.3).
-const MFD_EXEC: u32 = 0x10;
 
 /// A sealed copy of a program.
 #[derive(Debug)]
-pub(in crate::quiesce) struct Program(OwnedFd);
+pub(crate) struct Program(OwnedFd);
 
 impl Program {
     /// Copies and seals the program at `path`.
     /// # Errors
     /// As reading it and as `memfd_create`.
-    pub(in crate::quiesce) fn copy_of(path: &Path) -> io::Result<Self> {
+    pub(crate) fn copy_of(path: &Path) -> io::Result<Self> {
         let mut source = File::open(path)?;
         if source.metadata()?.len() > PROGRAM_BYTES_MAX {
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, "program too large to copy"));
         }
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let memory = memfd_create("stillpoint-worker", flags | MemfdFlags::from_bits_retain(MFD_EXEC))
-            .or_else(|_| memfd_create("stillpoint-worker", flags))?;
+        // Kernels before 6.3 do not know EXEC and refuse it; later ones may be set to ask for it (`vm.memfd_noexec`).
+        let memory = memfd_create("stillpoint-agent", flags | MemfdFlags::EXEC)
+            .or_else(|_| memfd_create("stillpoint-agent", flags))?;
         let mut memory = File::from(memory);
         let _bytes = io::copy(&mut source, &mut memory)?;
         // Others may run it but not read it: then the kernel makes it undumpable from its first instruction on,
@@ -38,7 +37,7 @@ impl Program {
     }
 
     /// A path by which a forked child finds it.
-    pub(super) fn path(&self) -> String {
+    pub(crate) fn path(&self) -> String {
         format!("/proc/self/fd/{}", self.0.as_raw_fd())
     }
 }
