@@ -3,6 +3,7 @@
 pub mod activation;
 pub mod agent;
 pub mod channel;
+pub mod children;
 pub mod commands;
 pub mod daemon;
 pub mod errno;
@@ -10,6 +11,7 @@ pub mod freeze;
 pub mod hooks;
 pub mod logging;
 pub mod oom;
+pub mod open_files;
 pub mod options;
 pub mod poll;
 mod program;

@@ -4,7 +4,7 @@ use guest_agent::agent::Agent;
 use guest_agent::daemon::{self, Starter};
 use guest_agent::options::{self, Options, Problem, REPORTED_VERSION, USAGE, Wish};
 use guest_agent::signals::Signals;
-use guest_agent::{activation, log, logging};
+use guest_agent::{activation, log, logging, open_files};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
@@ -49,6 +49,7 @@ fn print(text: &str) -> io::Result<()> {
 
 fn run(mut options: Options) -> ExitCode {
     options.make_absolute();
+    open_files::raise_limit();
     // Whoever started a daemon is let go when this is dropped: after the log says why.
     let mut starter = None;
     let served = activation::take().and_then(|activated| {

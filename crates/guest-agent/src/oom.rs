@@ -20,12 +20,6 @@ pub fn be_taken_like_others() {
     let _raised = say(c"0");
 }
 
-/// The same for a program that is none of ours; and signals, which the agent diverts, reach it. Async-signal-safe.
-pub fn be_like_others() {
-    be_taken_like_others();
-    crate::signals::let_all_through();
-}
-
 fn say(score: &CStr) -> bool {
     // SAFETY: plain system calls on constant strings; each is async-signal-safe.
     unsafe {

@@ -122,7 +122,7 @@ fn start<'i>(argv: &[&str], input: Option<&'i [u8]>) -> Result<(Child, Pipes<'i>
     // SAFETY: plain system calls only, which are async-signal-safe.
     unsafe {
         command.pre_exec(|| {
-            crate::oom::be_like_others();
+            crate::children::be_like_others();
             // A new child leads no group, so this cannot fail.
             let _session = libc::setsid();
             Ok(())

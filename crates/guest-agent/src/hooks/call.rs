@@ -109,7 +109,7 @@ impl Call<'_> {
         unsafe {
             command.pre_exec(move || {
                 rustix::process::setsid()?;
-                crate::oom::be_like_others();
+                crate::children::be_like_others();
                 // By the child itself: an agent that dies right after the fork could not say it any more.
                 ledger.note_hook_process(u64::from(libc::getpid().unsigned_abs()));
                 if dies_with_agent {

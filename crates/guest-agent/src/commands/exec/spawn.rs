@@ -56,7 +56,7 @@ fn spawn_image(exec: &Exec, image: Image) -> io::Result<Spawned> {
     // SAFETY: it makes plain system calls only, which are async-signal-safe.
     unsafe {
         command.pre_exec(move || {
-            crate::oom::be_like_others();
+            crate::children::be_like_others();
             Err(image.execute())
         });
     }
