@@ -99,7 +99,8 @@ fn frozen_by_stock(receipt: &Receipt) -> bool {
 }
 
 fn frozen_by_ours(receipt: &Receipt) -> bool {
-    const GAPS: [&str; 3] = ["zfs_cannot_freeze", "too_many_namespaces", "too_many_filesystems"];
+    const GAPS: [&str; 4] =
+        ["zfs_cannot_freeze", "too_many_namespaces", "too_many_filesystems", "agent_restarted"];
     receipt.guest.as_ref().is_some_and(|report| {
         let mut codes = report.uncovered.iter().chain(&report.reasons).map(|reason| reason.code.as_str());
         let counted = |part: &&FilesystemReport| inside(receipt, part);
@@ -119,7 +120,7 @@ fn applications_held(receipt: &Receipt, report: &GuestReport) -> bool {
             .reasons
             .iter()
             .chain(&report.uncovered)
-            .any(|reason| reason.code == "too_many_applications")
+            .any(|reason| matches!(&*reason.code, "too_many_applications" | "discovery_incomplete"))
 }
 
 /// The three messages came in their order.

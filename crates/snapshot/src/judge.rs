@@ -246,7 +246,9 @@ fn gap(code: &str) -> Option<Level> {
     match code {
         // Local data that goes on being written, or that nobody looked for.
         "zfs_cannot_freeze" | "too_many_namespaces" | "too_many_filesystems" => Some(Level::Crash),
-        "too_many_applications" => Some(Level::Filesystem),
+        // The next agent knows what was frozen, and no more what could not be.
+        "agent_restarted" => Some(Level::Crash),
+        "too_many_applications" | "discovery_incomplete" => Some(Level::Filesystem),
         _ => None,
     }
 }

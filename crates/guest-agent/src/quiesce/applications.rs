@@ -1,6 +1,7 @@
 //! All applications of one run.
 
 use super::channel::Note;
+use super::discovery::discover;
 use super::instance::{Instance, Turn};
 use super::kinds::KINDS;
 use super::process;
@@ -52,7 +53,12 @@ impl Applications {
             Vec::new()
         });
         for kind in KINDS {
-            for found in (kind.discover)(&pids, deadline) {
+            let discovery = discover(kind, &pids, deadline);
+            if let Some(first) = discovery.unseen.first() {
+                let message = format!("{} could not be looked at; {first}", discovery.unseen.len());
+                reasons.push(Reason::new("discovery_incomplete", kind.name, message));
+            }
+            for found in discovery.found {
                 let policy = policy_of(policies, kind.name, &found.instance);
                 instances.push(Instance::new(kind, found, policy));
             }
@@ -80,6 +86,11 @@ impl Applications {
     pub fn attest(&mut self, kind: &str, instance: &str) -> Policy {
         self.attested.push((kind.to_owned(), instance.to_owned()));
         policy_of(&self.policies, kind, instance)
+    }
+
+    /// Has phases end early by this flag from now on.
+    pub fn abort_by(&mut self, flag: Arc<AtomicBool>) {
+        self.abort = flag;
     }
 
     /// Ends the running phase early when set by another thread: what is not done counts as failed (`aborted`).
@@ -128,6 +139,12 @@ impl Applications {
     pub fn budget_ms(&self) -> u64 {
         let budgets = self.instances.iter().map(|instance| instance.freeze_budget.as_millis());
         budgets.min().and_then(|least| u64::try_from(least).ok()).unwrap_or(BUDGET_MS_DEFAULT)
+    }
+
+    /// Whether what a quiesce holds stalls the clients of any application, from then to the thaw.
+    #[must_use]
+    pub fn stall_writers(&self) -> bool {
+        self.instances.iter().any(|one| one.stalls_writers && one.report.policy != Policy::Off)
     }
 
     /// Why the run must fail: an application with policy `required` is not found, a phase of it failed, or (once

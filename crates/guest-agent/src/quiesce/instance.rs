@@ -35,6 +35,7 @@ pub(super) struct Turn<'a> {
 /// An instance in a run.
 pub(super) struct Instance {
     pub(super) freeze_budget: Duration,
+    pub(super) stalls_writers: bool,
     pub(super) process: Process,
     pub(super) report: ApplicationReport,
     errand: Option<Errand>,
@@ -46,6 +47,7 @@ impl Instance {
     pub(super) fn new(kind: &Kind, found: Found, policy: Policy) -> Self {
         let mut instance = Self {
             freeze_budget: kind.freeze_budget,
+            stalls_writers: kind.stalls_writers,
             process: found.process,
             report: ApplicationReport {
                 kind: kind.name.to_owned(),

@@ -7,7 +7,7 @@ use super::worker::{Errand, Session};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::RawFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What the agent needs to know of a kind.
 pub(super) struct Kind {
@@ -15,8 +15,13 @@ pub(super) struct Kind {
     pub(super) name: &'static str,
     /// The longest freeze that its instances bear.
     pub(super) freeze_budget: Duration,
-    /// In the agent: finds the instances among the processes with these ids. Connects to nothing.
-    pub(super) discover: fn(&[u32], Instant) -> Vec<Found>,
+    /// What it holds from the quiesce to the thaw stalls its clients.
+    pub(super) stalls_writers: bool,
+    /// In the agent: whether the process with this id runs its program. Must not wait for anything.
+    pub(super) is_it: fn(u32) -> bool,
+    /// In the agent, in a thread of its own: the instance whose main process this is, if it is one. Connects to nothing, but
+    /// opens what the process names, which may lie on a dead server. An error means that it could not be looked at.
+    pub(super) look: fn(u32) -> io::Result<Option<Found>>,
     /// In a worker: makes a session from an order and the number of the socket; connects in its first phase.
     pub(super) session: fn(serde_json::Value, RawFd) -> io::Result<Box<dyn Session>>,
 }

@@ -6,6 +6,7 @@
 
 mod applications;
 mod channel;
+mod discovery;
 mod instance;
 mod kinds;
 mod postgresql;

@@ -1,7 +1,7 @@
 //! Where files and sockets lie.
 
 use crate::server::{Server, Version};
-use crate::{discover, find, policy, report, within};
+use crate::{codes, discover, find, policy, report, within};
 use guest_protocol::stillpoint::Policy;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -74,4 +74,23 @@ fn scratch_that_lies_in_memory_is_no_place_of_the_application() {
     server.up();
     let report = report(&find(&[&server], Policy::Preferred), &server);
     assert_eq!(report.device_numbers, [device_number(&server.data())]);
+}
+
+/// What exclusive backups of PostgreSQL up to 14 leave in a running server's data directory.
+#[test]
+fn a_server_in_an_exclusive_backup_is_not_quiesced() {
+    let Some(version) = Version::debian() else { return };
+    let server = Server::prepared(version, "");
+    server.up();
+    let label = server.data().join("backup_label");
+    std::fs::write(&label, "START WAL LOCATION: 0/2000028 (file 000000010000000000000002)\n").unwrap();
+    let mut applications = find(&[&server], Policy::Preferred);
+    applications.prepare(within(60));
+    let labelled = report(&applications, &server);
+    assert!(codes(&labelled).contains(&"exclusive_backup"), "{labelled:#?}");
+    std::fs::remove_file(label).unwrap();
+    let mut applications = find(&[&server], Policy::Preferred);
+    applications.prepare(within(60));
+    let unlabelled = report(&applications, &server);
+    assert!(!codes(&unlabelled).contains(&"exclusive_backup"), "{unlabelled:#?}");
 }

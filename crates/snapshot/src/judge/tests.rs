@@ -200,7 +200,9 @@ fn what_the_guest_could_not_look_at_or_freeze_lowers_the_level() {
     let gap = |code: &str| Reason::new(code, "/", "");
     check_guest(|g| g.uncovered.push(gap("zfs_cannot_freeze")), Level::Crash, "zfs_cannot_freeze");
     check_guest(|g| g.reasons.push(gap("too_many_namespaces")), Level::Crash, "too_many_namespaces");
+    check_guest(|g| g.reasons.push(gap("agent_restarted")), Level::Crash, "agent_restarted");
     check_guest(|g| g.reasons.push(gap("too_many_applications")), Level::Filesystem, "too_many_applications");
+    check_guest(|g| g.reasons.push(gap("discovery_incomplete")), Level::Filesystem, "discovery_incomplete");
     check_guest(|g| g.uncovered.push(gap("network_filesystem")), Level::Application, "network_filesystem");
 }
 

@@ -8,9 +8,9 @@ use crate::quiesce::root::{Root, UNKNOWN_DEVICE};
 use crate::quiesce::worker::Errand;
 use rustix::fs::{FileType, fstat, fstatvfs};
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 /// Names of the server's program.
 const PROGRAMS: [&str; 2] = ["postgres", "postmaster"];
@@ -28,25 +28,24 @@ const ROOM_BYTES_MIN: u64 = 16 << 20;
 /// Longest role name. Source: `NAMEDATALEN` in PostgreSQL's `pg_config_manual.h`.
 const ROLE_BYTES_MAX: usize = 63;
 
-/// Every server that runs. One that does not is only files, which its last shutdown or crash left consistent.
-pub(super) fn discover(pids: &[u32], deadline: Instant) -> Vec<Found> {
-    let mut found: Vec<Found> = Vec::new();
-    for &pid in pids {
-        if Instant::now() >= deadline {
-            break;
-        }
-        if let Some(server) = Server::recognise(pid) {
-            found.push(server.found());
-        }
+/// Whether a process runs the server's program. Asks the kernel alone.
+pub(super) fn is_it(pid: u32) -> bool {
+    let Ok(program) = std::fs::read_link(format!("/proc/{pid}/exe")) else { return false };
+    let name = program.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    // A program that was upgraded under its running server.
+    PROGRAMS.contains(&name.strip_suffix(" (deleted)").unwrap_or(name))
+}
+
+/// The server whose main process this is. One that does not run is only files, which its last shutdown or crash left
+/// consistent.
+/// # Errors
+/// When it could not be looked at; a process that ended meanwhile, or is no server, is none.
+pub(super) fn look(pid: u32) -> io::Result<Option<Found>> {
+    match Server::recognise(pid) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+        recognised => Ok(recognised?.map(Server::found)),
     }
-    // Two containers may well use the same path; then only the pid tells them apart.
-    let names: Vec<String> = found.iter().map(|one| one.instance.clone()).collect();
-    for one in &mut found {
-        if names.iter().filter(|name| **name == one.instance).count() > 1 {
-            one.instance = format!("{} pid {}", one.instance, one.process.pid);
-        }
-    }
-    found
 }
 
 /// A postmaster that has shown to be one.
@@ -65,47 +64,39 @@ impl Server {
     /// A postmaster runs a program of the right name in its data directory, whose `postmaster.pid` names it, and
     /// which it owns. Whatever else calls itself postgres (a backend, someone's script) is none, gets no worker,
     /// and is left to be counted as an unknown writer.
-    fn recognise(pid: u32) -> Option<Self> {
-        let program = std::fs::read_link(format!("/proc/{pid}/exe")).ok()?;
-        let name = program.file_name()?.to_str()?;
-        // A program that was upgraded under its running server.
-        let name = name.strip_suffix(" (deleted)").unwrap_or(name);
-        if !PROGRAMS.contains(&name) {
-            return None;
-        }
-        let process = Process::open(pid).ok()?;
-        let data = process.place("cwd").ok()?;
+    fn recognise(pid: u32) -> io::Result<Option<Self>> {
+        let process = Process::open(pid)?;
+        let data = process.place("cwd")?;
         let uid = process.uids[0];
-        let owner = fstat(&data).ok()?;
+        let owner = fstat(&data)?;
         let own_directory =
             owner.st_uid == uid && FileType::from_raw_mode(owner.st_mode) == FileType::Directory;
         // The server refuses to run as root, and on a directory that others may write to.
         if uid == 0 || process.uids != [uid; 4] || !own_directory || owner.st_mode & 0o022 != 0 {
-            return None;
+            return Ok(None);
         }
-        let small = |name: &str| {
-            let text = read_below(&data, Path::new(name), SMALL_FILE_BYTES_MAX).ok()?;
-            Some(String::from_utf8_lossy(&text).into_owned())
+        let small = |name: &str| -> io::Result<String> {
+            let text = read_below(&data, Path::new(name), SMALL_FILE_BYTES_MAX)?;
+            Ok(String::from_utf8_lossy(&text).into_owned())
         };
         let lines: Vec<String> = small("postmaster.pid")?.lines().map(str::to_owned).collect();
-        if lines.first()?.trim().parse() != Ok(process.own_pid) {
-            return None;
+        if lines.first().and_then(|line| line.trim().parse().ok()) != Some(process.own_pid) {
+            return Ok(None);
         }
         let major = small("PG_VERSION")?.trim().to_owned();
-        let control =
-            rustix::fs::statat(&data, "global/pg_control", rustix::fs::AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        let control = rustix::fs::statat(&data, "global/pg_control", rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?;
         if control.st_uid != uid || FileType::from_raw_mode(control.st_mode) != FileType::RegularFile {
-            return None;
+            return Ok(None);
         }
-        let root = Root::of(&process).ok()?;
+        let root = Root::of(&process)?;
         let candidates = [lines.get(1).map(PathBuf::from), process.link("cwd").ok()];
         let same = |path: &PathBuf| {
             let there = root.open(path).and_then(|place| Ok(fstat(place)?));
             there.is_ok_and(|there| (there.st_dev, there.st_ino) == (owner.st_dev, owner.st_ino))
         };
         let known = candidates.iter().flatten().find(|path| same(path)).cloned();
-        let data_path = known.or_else(|| candidates.into_iter().flatten().next_back())?;
-        Some(Self { process, root, data, data_path, major, lines })
+        let data_path = known.or_else(|| candidates.into_iter().flatten().next_back());
+        Ok(data_path.map(|data_path| Self { process, root, data, data_path, major, lines }))
     }
 
     fn found(self) -> Found {
@@ -174,8 +165,8 @@ impl Server {
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Socket && stat.st_uid == uid => {}
             _ => return unreachable(format!("{} is not the server's socket", path.display())),
         }
-        if let Some(short) = self.short_of_room() {
-            return Err(short);
+        if let Some(trouble) = self.short_of_room().or_else(|| self.in_exclusive_backup()) {
+            return Err(trouble);
         }
         let order = Order { server_pid: self.process.pid, server_uid: uid, roles: self.roles() };
         match serde_json::to_value(order) {
@@ -194,6 +185,17 @@ impl Server {
             let message =
                 format!("only {free_bytes} bytes are left to it: a checkpoint could end the server");
             Note::new("no_room", message)
+        })
+    }
+
+    /// A copy that holds the label of a backup starts where that one began, and does not start at all once the log from there
+    /// is gone. Source: "Making an Exclusive Low-Level Backup" in the documentation of PostgreSQL 14, the last to have them.
+    fn in_exclusive_backup(&self) -> Option<Note> {
+        let label = rustix::fs::statat(&self.data, "backup_label", rustix::fs::AtFlags::SYMLINK_NOFOLLOW);
+        label.is_ok().then(|| {
+            let message =
+                "an exclusive backup is under way (`backup_label` is there): a copy might not start";
+            Note::new("exclusive_backup", message)
         })
     }
 

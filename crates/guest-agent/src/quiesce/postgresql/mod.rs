@@ -23,7 +23,9 @@ use std::time::Duration;
 pub(super) const KIND: Kind = Kind {
     name: "postgresql",
     freeze_budget: Duration::from_secs(5),
-    discover: discover::discover,
+    stalls_writers: false,
+    is_it: discover::is_it,
+    look: discover::look,
     session: session::open,
 };
 

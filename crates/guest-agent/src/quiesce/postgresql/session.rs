@@ -19,9 +19,8 @@ use tokio_postgres::Client;
 const VERSION_NUM_MIN: u32 = 110_000;
 /// Since then an idle session may be ended by a setting.
 const IDLE_TIMEOUT_VERSION_NUM: u32 = 140_000;
-/// Longest CHECKPOINT: the first may have much to write, the second only what came since.
-const FIRST_CHECKPOINT: Duration = Duration::from_secs(60);
-const SECOND_CHECKPOINT: Duration = Duration::from_secs(10);
+/// Since then a transaction as a whole may be ended by a setting, a CHECKPOINT too.
+const TRANSACTION_TIMEOUT_VERSION_NUM: u32 = 170_000;
 /// A server that lets nobody in for so long stands still, or is as good as that: the whole time of prepare, which is
 /// meant for checkpoints, would be waited for nothing.
 const LET_IN_MAX: Duration = Duration::from_secs(15);
@@ -124,7 +123,7 @@ impl Server {
             Err(unsupported) => return Ok(unsupported),
         };
         let mut answer = Answer::default();
-        match held.checkpoint(FIRST_CHECKPOINT, until).await {
+        match held.checkpoint(until).await {
             Ok(took) => {
                 drop(answer.facts.insert("prepare_checkpoint_ms".to_owned(), took.as_millis().to_string()))
             }
@@ -146,7 +145,7 @@ impl Server {
             Ok(held) => held,
             Err(unsupported) => return Ok(unsupported),
         };
-        let took = held.checkpoint(SECOND_CHECKPOINT, until).await?;
+        let took = held.checkpoint(until).await?;
         let mut answer = evidence::read(&held.client).await?;
         answer.facts.insert("quiesce_checkpoint_ms".to_owned(), took.as_millis().to_string());
         answer.facts.insert("session_pid".to_owned(), held.backend_pid.clone());
@@ -184,6 +183,9 @@ impl Server {
                 let _watched =
                     client.simple_query("SET client_connection_check_interval = 1000").await.is_ok();
             }
+            if number >= TRANSACTION_TIMEOUT_VERSION_NUM {
+                client.simple_query("SET transaction_timeout = 0").await?;
+            }
             let mut held = Held { client, role, backend_pid: String::new(), started: String::new() };
             (held.backend_pid, held.started) = held.identity().await?;
             self.held = Some(held);
@@ -193,12 +195,13 @@ impl Server {
 }
 
 impl Held {
-    /// Has the server write out everything, within its own time limit and ours. Tells how long it took.
-    async fn checkpoint(&self, longest: Duration, until: Instant) -> Result<Duration, Trouble> {
+    /// Has the server write out everything, within the time of the phase: who asks knows how big the server is. Tells how long it
+    /// took.
+    async fn checkpoint(&self, until: Instant) -> Result<Duration, Trouble> {
         let begin = Instant::now();
         let left = until.saturating_duration_since(begin);
         // Less than is left, so that the server gives up before we do, and the session stays usable.
-        let limit = longest.min(left - left / 10).as_millis().max(1);
+        let limit = (left - left / 10).as_millis().max(1);
         self.client.simple_query(&format!("SET statement_timeout = {limit}")).await?;
         self.client.simple_query("CHECKPOINT").await?;
         self.client.simple_query("SET statement_timeout = '10s'").await?;
