@@ -92,6 +92,8 @@ pub struct Commands {
     files: files::Files,
     /// What became ready besides, when something else ended.
     besides: Vec<(u64, Delivery)>,
+    /// Freezes by qemu-ga's own commands that are not answered yet, by ticket.
+    plain_freezes: BTreeSet<u64>,
 }
 
 impl Commands {
@@ -115,6 +117,7 @@ impl Commands {
             exec: exec::Processes::new(poll),
             files: files::Files::new(handles),
             besides: Vec::new(),
+            plain_freezes: BTreeSet::new(),
         })
     }
 
@@ -210,6 +213,7 @@ impl Commands {
             Call::FsfreezeStatus => Reply::Now(Ok(fsfreeze::status(&self.runs))),
             Call::FsfreezeFreeze(mountpoints) => {
                 note!("guest-fsfreeze called");
+                self.plain_freezes.insert(ticket);
                 self.runs.start_plain_freeze(ticket, mountpoints);
                 Reply::Later
             }
@@ -247,7 +251,8 @@ impl Commands {
         self.jobs.hold(self.runs.is_frozen());
         let mut finished = std::mem::take(&mut self.besides);
         for (ticket, outcome) in self.runs.finished() {
-            finished.push((ticket, Delivery::Answer(fsfreeze::outcome(outcome))));
+            let is_plain = self.plain_freezes.remove(&ticket);
+            finished.push((ticket, Delivery::Answer(fsfreeze::outcome(outcome, is_plain))));
         }
         for (ticket, outcome) in self.jobs.finished() {
             match outcome {

@@ -316,7 +316,7 @@ fn words(ended: &Ended, limit: Duration) -> String {
         (_, _, Some(error)) => format!("failed to exec: {error}"),
         (_, Some(status), _) => match (status.code(), status.signal()) {
             (Some(code), _) => format!("exit status {code}"),
-            (_, Some(signal)) => format!("ended by signal {signal}"),
+            (_, Some(signal)) => format!("terminated abnormally, by signal {signal}"),
             _ => "ended in an unknown way".to_owned(),
         },
         _ => "ended in an unknown way".to_owned(),

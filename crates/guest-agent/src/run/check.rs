@@ -11,6 +11,7 @@ use guest_protocol::stillpoint::{CheckArguments, CheckReport, FilesystemState, R
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,6 +20,8 @@ use std::time::{Duration, Instant};
 const APPLICATIONS_MAX: Duration = Duration::from_secs(30);
 /// Longest time for each of the two flush rounds: the first writes out, the second predicts.
 const ROUND_MAX: Duration = Duration::from_secs(30);
+/// How often a wait looks whether it is still wanted.
+const MOMENT: Duration = Duration::from_millis(50);
 /// Stack of a thread that flushes.
 const STACK_BYTES: usize = 64 << 10;
 /// File systems on block devices that have no freeze. Others are thought to have one.
@@ -28,8 +31,12 @@ const WITHOUT_FREEZE: &[&str] = &[
     "hfsplus", "ntfs3", "ntfs", "fuseblk", "affs", "ufs",
 ];
 
-/// Looks, rehearses and predicts.
-pub(super) fn check(arguments: &CheckArguments, settings: &Settings) -> Result<CheckReport, Refusal> {
+/// Looks, rehearses and predicts, unless `abort` is raised meanwhile.
+pub(super) fn check(
+    arguments: &CheckArguments,
+    settings: &Settings,
+    abort: &Arc<AtomicBool>,
+) -> Result<CheckReport, Refusal> {
     let statedir = settings.statedir.as_path();
     let surveyed = survey(None, &settings.selection)?;
     let mut evidence = surveyed.evidence("", 0);
@@ -49,6 +56,7 @@ pub(super) fn check(arguments: &CheckArguments, settings: &Settings) -> Result<C
         }
     }
     let mut applications = Applications::discover(&arguments.applications, Instant::now() + APPLICATIONS_MAX);
+    applications.abort_by(Arc::clone(abort));
     if arguments.want == Want::Application {
         applications.rehearse(Instant::now() + APPLICATIONS_MAX);
     }
@@ -57,8 +65,12 @@ pub(super) fn check(arguments: &CheckArguments, settings: &Settings) -> Result<C
         .folders()
         .filter_map(|(at, folder)| Some((surveyed.plan.steps[at], Arc::new(folder.try_clone().ok()?))))
         .collect();
-    flush(&folders);
-    let predicted = flush(&folders);
+    flush(&folders, abort);
+    let predicted = flush(&folders, abort);
+    if abort.load(SeqCst) {
+        let message = "a run began during the rehearsal".to_owned();
+        return Err(Refusal { code: "aborted", message });
+    }
     for (filesystem, reached) in evidence.report.filesystems.iter_mut().zip(&surveyed.reached) {
         if filesystem.state == FilesystemState::NotFrozen && reached.is_ok() {
             let cannot = WITHOUT_FREEZE.contains(&filesystem.kind.as_str());
@@ -80,8 +92,8 @@ pub(super) fn check(arguments: &CheckArguments, settings: &Settings) -> Result<C
     })
 }
 
-/// Flushes all at once; answers how long a freeze in steps would take by that.
-fn flush(folders: &[(usize, Arc<std::os::fd::OwnedFd>)]) -> Duration {
+/// Flushes all at once; answers how long a freeze in steps would take by that. Raised, `abort` ends the wait.
+fn flush(folders: &[(usize, Arc<std::os::fd::OwnedFd>)], abort: &AtomicBool) -> Duration {
     let (sender, receiver) = channel();
     let deadline = Instant::now() + ROUND_MAX;
     let mut waiting = 0;
@@ -98,12 +110,14 @@ fn flush(folders: &[(usize, Arc<std::os::fd::OwnedFd>)]) -> Duration {
         }
     }
     let mut steps: BTreeMap<usize, Duration> = BTreeMap::new();
-    for _ in 0..waiting {
-        match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+    while waiting > 0 {
+        match receiver.recv_timeout(MOMENT) {
             Ok((step, took)) => {
                 let slowest = steps.entry(step).or_default();
                 *slowest = (*slowest).max(took);
+                waiting -= 1;
             }
+            Err(_) if Instant::now() < deadline && !abort.load(SeqCst) => {}
             // Some file system does not even flush: say so with the time that was waited.
             Err(_) => return ROUND_MAX,
         }

@@ -14,8 +14,10 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
-/// Most reasons of one kind: they are for people.
-const REASONS_MAX: usize = 256;
+/// Most of what no freeze covers: it is for people.
+const UNCOVERED_MAX: usize = 256;
+/// Most reasons with one code. There are some thirty codes, and one that lowers the level must not be lost among others.
+const REASONS_MAX: usize = 64;
 
 /// A duration as reports give it.
 pub fn ms(duration: Duration) -> u64 {
@@ -66,13 +68,13 @@ impl Evidence {
             filesystems,
             ..GuestReport::default()
         };
-        report.uncovered = plan.uncovered.iter().take(REASONS_MAX).map(bounded_reason).collect();
-        if plan.uncovered.len() > REASONS_MAX {
-            report.uncovered.push(Reason::new(
-                "more",
-                "",
-                format!("{} more", plan.uncovered.len() - REASONS_MAX),
-            ));
+        // First what lowers the level, which must not be among those that are only counted.
+        let mut uncovered: Vec<&Reason> = plan.uncovered.iter().collect();
+        uncovered.sort_by_key(|reason| reason.code != "zfs_cannot_freeze");
+        report.uncovered = uncovered.into_iter().take(UNCOVERED_MAX).map(bounded_reason).collect();
+        if plan.uncovered.len() > UNCOVERED_MAX {
+            let more = format!("{} more", plan.uncovered.len() - UNCOVERED_MAX);
+            report.uncovered.push(Reason::new("more", "", more));
         }
         let mut evidence = Self { report };
         for reason in &plan.reasons {
@@ -81,9 +83,10 @@ impl Evidence {
         evidence
     }
 
-    /// Notes a reason, as long as there are not too many.
+    /// Notes a reason, as long as there are not too many like it.
     pub fn reason(&mut self, reason: Reason) {
-        if self.report.reasons.len() < REASONS_MAX {
+        let like_it = self.report.reasons.iter().filter(|known| known.code == reason.code).count();
+        if like_it < REASONS_MAX {
             self.report.reasons.push(bounded_reason(&reason));
         }
     }

@@ -3,6 +3,7 @@
 use super::Refusal;
 use super::evidence::{ms, thaw_cause};
 use super::walk::{Run, Stopped, aborted, expect_within};
+use crate::errno;
 use crate::freeze::counters::{Counters, counters};
 use crate::freeze::grace::{self, ShortGrace};
 use crate::freeze::guard::Heard;
@@ -88,11 +89,9 @@ impl Frozen {
             && run.order.plain
         {
             let error = std::io::Error::from_raw_os_error(run.ledger.errno(at));
-            let name = run.evidence.report.filesystems[run.held[at].planned].mountpoint.clone();
-            return Err((
-                Refusal { code: "freeze_failed", message: format!("failed to freeze {name}: {error}") },
-                Phase::Failed,
-            ));
+            let name = &run.evidence.report.filesystems[run.held[at].planned].mountpoint;
+            let message = format!("failed to freeze {name}: {}", errno::words(&error));
+            return Err((Refusal { code: "freeze_failed", message }, Phase::Failed));
         }
         run.shared.enter(State::Frozen).map_err(|why| (aborted(why), why))
     }
@@ -114,7 +113,7 @@ impl Frozen {
         let run = self.run();
         loop {
             if run.shared.is_stopped()
-                && let Some(why) = run.shared.lock().stop
+                && let Some(why) = run.shared.asked_to_stop()
             {
                 return run.ledger.end(why);
             }

@@ -123,12 +123,16 @@ impl Runs {
 
     /// Begins a rehearsal.
     pub fn start_check(&mut self, ticket: u64, args: CheckArguments) {
-        if self.shared.is_frozen() {
-            return self.shared.finish(ticket, Err(busy("a rehearsal cannot run while the guest is frozen")));
-        }
+        let Some(abort) = self.shared.begin_check() else {
+            return self.shared.finish(ticket, Err(busy("a run, or another rehearsal, is under way")));
+        };
+        let checking = Checking(Arc::clone(&self.shared));
         let settings = self.settings.clone();
         self.spawn(ticket, move |owed| {
-            owed.answer(check::check(&args, &settings).map(|report| Outcome::Checked(Box::new(report))));
+            let checked = check::check(&args, &settings, &abort);
+            // Before the answer: a host that hears it may ask for the next at once.
+            drop(checking);
+            owed.answer(checked.map(|report| Outcome::Checked(Box::new(report))));
         });
     }
 
@@ -354,6 +358,15 @@ fn carry_out(shared: &Arc<Shared>, order: Order, settings: &Settings, owed: Owed
     owed.answer(Ok(outcome));
     let why = frozen.wait();
     ending.end(plain, &id, *frozen.thaw(why));
+}
+
+/// A rehearsal is under way, until this is dropped.
+struct Checking(Arc<Shared>);
+
+impl Drop for Checking {
+    fn drop(&mut self) {
+        self.0.end_check();
+    }
 }
 
 /// The answer to a ticket, given on a panic too: a host must not wait for ever.

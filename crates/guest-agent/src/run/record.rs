@@ -10,8 +10,10 @@ use crate::freeze::plan::{Place, Superblock};
 use guest_protocol::stillpoint::FilesystemReport;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -30,7 +32,7 @@ pub(super) struct Record {
     /// In the order of the ledger.
     pub(super) filesystems: Vec<Recorded>,
     /// The hooks, in the order of the freeze; the ledger says how many are owed their thaw.
-    #[serde(default)]
+    #[serde(default, with = "any_paths")]
     pub(super) hooks: Vec<PathBuf>,
 }
 
@@ -40,7 +42,58 @@ pub(super) struct Recorded {
     pub(super) report: FilesystemReport,
     /// The place by which it was opened: a process of its mount namespace, or none for the agent's own.
     pub(super) pid: Option<u32>,
+    #[serde(with = "any_path")]
     pub(super) mountpoint: PathBuf,
+}
+
+/// A path as text, or as bytes where it is none: a name may be any bytes.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum AnyPath {
+    Text(String),
+    Bytes(Vec<u8>),
+}
+
+impl From<&PathBuf> for AnyPath {
+    fn from(path: &PathBuf) -> Self {
+        match path.to_str() {
+            Some(text) => Self::Text(text.to_owned()),
+            None => Self::Bytes(path.as_os_str().as_bytes().to_owned()),
+        }
+    }
+}
+
+impl From<AnyPath> for PathBuf {
+    fn from(path: AnyPath) -> Self {
+        match path {
+            AnyPath::Text(text) => text.into(),
+            AnyPath::Bytes(bytes) => OsString::from_vec(bytes).into(),
+        }
+    }
+}
+
+mod any_path {
+    use super::{AnyPath, Deserialize, PathBuf, Serialize};
+
+    pub(super) fn serialize<S: serde::Serializer>(path: &PathBuf, to: S) -> Result<S::Ok, S::Error> {
+        AnyPath::from(path).serialize(to)
+    }
+
+    pub(super) fn deserialize<'d, D: serde::Deserializer<'d>>(from: D) -> Result<PathBuf, D::Error> {
+        AnyPath::deserialize(from).map(PathBuf::from)
+    }
+}
+
+mod any_paths {
+    use super::{AnyPath, Deserialize, PathBuf};
+
+    pub(super) fn serialize<S: serde::Serializer>(paths: &[PathBuf], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(paths.iter().map(AnyPath::from))
+    }
+
+    pub(super) fn deserialize<'d, D: serde::Deserializer<'d>>(from: D) -> Result<Vec<PathBuf>, D::Error> {
+        Ok(Vec::<AnyPath>::deserialize(from)?.into_iter().map(PathBuf::from).collect())
+    }
 }
 
 impl Recorded {
@@ -182,5 +235,29 @@ impl Written {
 impl Drop for Written {
     fn drop(&mut self) {
         self.records.remove();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_any_bytes_come_back_and_those_of_earlier_agents_are_read() {
+        let odd = PathBuf::from(OsString::from_vec(b"/mnt/caf\xe9".to_vec()));
+        let recorded = Recorded { report: FilesystemReport::default(), pid: None, mountpoint: odd.clone() };
+        let hooks = vec![odd.clone(), PathBuf::from("/etc/qemu/fsfreeze-hook.d/10-a")];
+        let record = Record {
+            id: "r".to_owned(),
+            plain: true,
+            boot_id: String::new(),
+            lease_ms: 1,
+            filesystems: vec![recorded],
+            hooks: hooks.clone(),
+        };
+        let text = serde_json::to_string(&record).unwrap();
+        let read: Record = serde_json::from_str(&text).unwrap();
+        assert_eq!((&read.filesystems[0].mountpoint, &read.hooks), (&odd, &hooks));
+        assert!(text.contains(r#""/etc/qemu/fsfreeze-hook.d/10-a""#), "as an earlier agent wrote it: {text}");
     }
 }

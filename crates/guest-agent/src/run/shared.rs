@@ -29,7 +29,10 @@ pub(super) struct Inner {
     pub(super) id: Option<String>,
     pub(super) ledger: Option<Arc<Ledger>>,
     pub(super) bell: Option<Bell>,
-    pub(super) abort: Option<Arc<AtomicBool>>,
+    /// Ends what applications do before the freeze.
+    pub(super) abort: Arc<AtomicBool>,
+    /// The rehearsal that is under way; raised, it ends early.
+    checking: Option<Arc<AtomicBool>>,
     pub(super) stop: Option<Phase>,
     pub(super) thaws: Vec<Thawing>,
     pub(super) last: Option<GuestReport>,
@@ -99,6 +102,11 @@ impl Shared {
         self.stopped.load(SeqCst)
     }
 
+    /// Why the run is to end, if it is.
+    pub(super) fn asked_to_stop(&self) -> Option<Phase> {
+        self.lock().stop
+    }
+
     /// Enters a state, unless the run was asked to end.
     pub(super) fn enter(&self, state: State) -> Result<(), Phase> {
         let mut inner = self.lock();
@@ -113,9 +121,7 @@ impl Shared {
     pub(super) fn stop(&self, inner: &mut Inner, why: Phase) {
         inner.stop.get_or_insert(why);
         self.stopped.store(true, SeqCst);
-        if let Some(abort) = &inner.abort {
-            abort.store(true, SeqCst);
-        }
+        inner.abort.store(true, SeqCst);
         if let Some(ledger) = &inner.ledger {
             ledger.end(why);
         }
@@ -129,11 +135,45 @@ impl Shared {
             return false;
         }
         let (last, finished) = (inner.last.take(), std::mem::take(&mut inner.finished));
-        *inner =
-            Inner { state: State::Preparing, id: Some(id.to_owned()), last, finished, ..Inner::default() };
+        let checking = inner.checking.take();
+        *inner = Inner {
+            state: State::Preparing,
+            id: Some(id.to_owned()),
+            last,
+            checking,
+            finished,
+            ..Inner::default()
+        };
         self.stopped.store(false, SeqCst);
         drain(&self.wake);
         true
+    }
+
+    /// Makes ready for a rehearsal; answers what is raised when it is to end early. `None` if a run holds the guest, or another
+    /// rehearsal is under way.
+    pub(super) fn begin_check(&self) -> Option<Arc<AtomicBool>> {
+        let mut inner = self.lock();
+        if inner.state != State::Thawed || inner.foreign || inner.checking.is_some() {
+            return None;
+        }
+        Some(Arc::clone(inner.checking.insert(Arc::default())))
+    }
+
+    /// The rehearsal has ended.
+    pub(super) fn end_check(&self) {
+        self.lock().checking = None;
+        self.changed.notify_all();
+    }
+
+    /// Ends a rehearsal that is under way: it may not be about its work while the guest is frozen. False if it does not end
+    /// within `at_most`.
+    pub(super) fn call_off_check(&self, at_most: Duration) -> bool {
+        let inner = self.lock();
+        if let Some(checking) = &inner.checking {
+            checking.store(true, SeqCst);
+        }
+        let waited = self.changed.wait_timeout_while(inner, at_most, |inner| inner.checking.is_some());
+        waited.unwrap_or_else(PoisonError::into_inner).0.checking.is_none()
     }
 
     /// Ends the run: keeps its report and answers whoever waits for a thaw. True if `ended` was told to someone; otherwise the
@@ -158,7 +198,7 @@ impl Shared {
         }
         inner.ended = if told { None } else { ended };
         inner.state = State::Thawed;
-        (inner.id, inner.ledger, inner.bell, inner.abort, inner.stop) = (None, None, None, None, None);
+        (inner.id, inner.ledger, inner.bell, inner.stop) = (None, None, None, None);
         drop(inner);
         self.changed.notify_all();
         ring(&self.notifier);

@@ -8,8 +8,10 @@ use crate::freeze::mountinfo::DeviceNumber;
 use crate::freeze::plan::{Plan, plan};
 use crate::freeze::reach::{MountDevices, Reached, mount_devices, reach, superblock_of};
 use crate::freeze::selection::Selection;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// What is known about the guest's file systems: facts, plan, and a folder open on each.
 pub(super) struct Surveyed {
@@ -17,6 +19,8 @@ pub(super) struct Surveyed {
     pub(super) mounts: MountDevices,
     /// In plan order.
     pub(super) reached: Vec<Result<Reached, Missed>>,
+    /// For each superblock of the guest, also one that is not to be frozen, what it lies on.
+    carriers: BTreeMap<DeviceNumber, BTreeSet<DeviceNumber>>,
 }
 
 /// Why no folder is open on a superblock.
@@ -34,6 +38,7 @@ pub(super) fn survey(only: Option<&[String]>, selection: &Selection) -> Result<S
         .gather()
         .map_err(|error| Refusal { code: "mounts_unreadable", message: error.to_string() })?;
     let mut plan = plan(&facts);
+    let carriers = plan.superblocks.iter().map(|s| (s.device, s.lies_on.clone())).collect();
     if let Some(only) = only {
         plan.only(only);
     }
@@ -51,7 +56,7 @@ pub(super) fn survey(only: Option<&[String]>, selection: &Selection) -> Result<S
             false => Err(Missed::Excluded),
         })
         .collect();
-    Ok(Surveyed { plan, mounts, reached })
+    Ok(Surveyed { plan, mounts, reached, carriers })
 }
 
 impl Surveyed {
@@ -72,26 +77,43 @@ impl Surveyed {
         all.filter(|(_, reached)| !matches!(reached, Err(Missed::Excluded))).any(|(s, _)| s.device == device)
     }
 
+    /// Neither it nor anything that it lies on will be frozen, as far down as can be seen. False if it is not known.
+    fn leaves_alone(&self, device: DeviceNumber) -> bool {
+        let mut seen = BTreeSet::new();
+        let mut below = vec![device];
+        while let Some(device) = below.pop() {
+            let Some(carriers) = self.carriers.get(&device).filter(|_| !self.freezes(device)) else {
+                return false;
+            };
+            below.extend(carriers.iter().filter(|carrier| seen.insert(**carrier)));
+        }
+        true
+    }
+
     /// Folders for a flush, those that were reached.
     pub(super) fn folders(&self) -> impl Iterator<Item = (usize, &OwnedFd)> {
         self.reached.iter().enumerate().filter_map(|(at, reached)| Some((at, &reached.as_ref().ok()?.folder)))
     }
 }
 
-/// The state folder must stay writable while frozen, and must not be what is frozen.
+/// File systems whose files are nowhere but in memory, and stay writable whatever is frozen. Source: `statfs(2)`.
+const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6]; // tmpfs, ramfs
+
+/// The state folder must stay writable while frozen, and must not be what is frozen: the next store into the ledger would
+/// wait for the thaw that only the ledger's readers can bring. What cannot be told, like an overlay, is refused.
 pub(super) fn state_stays_writable(statedir: &Path, surveyed: &Surveyed) -> Result<(), Refusal> {
-    let folder: PathBuf = statedir.to_owned();
-    match superblock_of(&folder) {
-        Ok(Some(device)) if surveyed.freezes(device) => Err(Refusal {
-            code: "statedir_would_freeze",
-            message: format!(
-                "{} lies on a file system that would be frozen; use a folder on tmpfs",
-                folder.display()
-            ),
-        }),
-        Ok(_) => Ok(()),
-        Err(error) => {
-            Err(Refusal { code: "statedir_unusable", message: format!("{}: {error}", folder.display()) })
-        }
+    let folder = statedir.display();
+    let unusable =
+        |error: io::Error| Refusal { code: "statedir_unusable", message: format!("{folder}: {error}") };
+    let kind = rustix::fs::statfs(statedir).map_err(|error| unusable(error.into()))?.f_type;
+    let device = superblock_of(statedir).map_err(unusable)?;
+    if IN_MEMORY.contains(&kind) || device.is_some_and(|device| surveyed.leaves_alone(device)) {
+        return Ok(());
     }
+    Err(Refusal {
+        code: "statedir_would_freeze",
+        message: format!(
+            "{folder} lies on a file system that would be frozen, or over one; use a folder on tmpfs"
+        ),
+    })
 }

@@ -88,9 +88,10 @@ fn undo(record: &Record, ledger: &Arc<Ledger>) -> Evidence {
     // A guard that outlived its agent is at it, and holds the lock until it is done.
     let patience = Instant::now() + GUARD_END_MAX;
     while Records::is_held(ledger) {
-        let deadline = ledger.deadline_ns();
+        let (deadline, due) = (ledger.deadline_ns(), ledger.agent_due_ns());
         let hangs = if deadline == 0 {
-            Instant::now() > patience
+            // Not dead, but another agent's on the same folder: it prepares, and has said for how long.
+            Instant::now() > patience && boottime_ns() > due.saturating_add(GUARD_TRUSTED_NS)
         } else {
             boottime_ns() > deadline.saturating_add(GUARD_TRUSTED_NS)
         };
@@ -116,11 +117,17 @@ fn undo(record: &Record, ledger: &Arc<Ledger>) -> Evidence {
         match reached {
             Ok(reached) => {
                 let theirs = Arc::clone(ledger);
-                // Each in its own thread: a FITHAW waits for a FIFREEZE that is still in the kernel.
-                threads.push(thread::spawn(move || {
+                let thaw = Arc::new(move || {
                     theirs.claim(at, Thaw::Agent, boottime_ns());
                     crate::freeze::crew::thaw_left(reached.folder.as_fd(), &theirs, at);
-                }));
+                });
+                // Each in its own thread: a FITHAW waits for a FIFREEZE that is still in the kernel.
+                let in_thread = Arc::clone(&thaw);
+                match thread::Builder::new().spawn(move || in_thread()) {
+                    Ok(thread) => threads.push(thread),
+                    // The guest is short of threads: then one after another.
+                    Err(_) => thaw(),
+                }
             }
             Err(failure) => lost.push((superblock.name(), failure)),
         }

@@ -6,7 +6,7 @@ use super::frozen::Frozen;
 use super::record::{Record, Recorded, Records, Written};
 use super::shared::Shared;
 use super::survey::{Surveyed, state_stays_writable, survey};
-use super::{Refusal, Settings};
+use super::{Refusal, Settings, busy};
 use crate::freeze::crew::Crew;
 use crate::freeze::developer::is_developers_machine;
 use crate::freeze::facts::View;
@@ -28,11 +28,13 @@ use std::time::{Duration, Instant};
 const ROUND_FAST: Duration = Duration::from_millis(50);
 /// Most flush rounds: a guest that dirties faster than it writes never converges.
 const ROUNDS_MAX: usize = 8;
-/// Before the quiesce a round as quick as this will do: what comes in while applications quiesce has to be flushed afterwards
-/// in any case, well within `LAST_FLUSH_MAX`, and each round is a time in which others wait for the disk.
+/// Before a quiesce that stalls writers a round as quick as this will do: what comes in while applications quiesce has to be
+/// flushed afterwards in any case, well within `LAST_FLUSH_MAX`, and each round is a time in which others wait for the disk.
 const FIRST_ROUND_FAST: Duration = Duration::from_secs(1);
-/// Longest time for the flush rounds between the quiesce and the freeze, while locks may be held.
+/// Longest time for the flush rounds between the quiesce and the freeze, where locks may be held.
 const LAST_FLUSH_MAX: Duration = Duration::from_secs(5);
+/// Longest wait for the end of a rehearsal that is called off.
+const CHECK_END_MAX: Duration = Duration::from_secs(10);
 /// Longest time for looking at other processes.
 const WRITERS_MAX: Duration = Duration::from_secs(2);
 /// How much later than its own limits allow a step of a run may end. One that is later hangs, and the guard ends the
@@ -85,6 +87,8 @@ pub(super) struct Run {
     pub(super) applications: Applications,
     pub(super) evidence: Evidence,
     pub(super) held: Vec<Held>,
+    /// Where the quiesce stalls nobody, all flushes come after it, and have until then.
+    flush_until: Option<Instant>,
     first_flush: Option<Instant>,
     pub(super) ledger: Arc<Ledger>,
     pub(super) crew: Crew,
@@ -110,12 +114,24 @@ impl Run {
         self.evidence.hooks(&self.hooks);
     }
 
+    /// Says to the guard by when this agent will have come to its next step, and waits until it has heard.
+    fn expected_within(mut self, step: Duration) -> Result<Self, Box<Stopped>> {
+        expect_within(&self.ledger, step);
+        match self.guard.arm() {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                let refusal = Refusal { code: "guard_failed", message: error.to_string() };
+                Err(self.stopped(refusal, Phase::GuardGone))
+            }
+        }
+    }
+
     /// Calls the hooks; what they quiesced counts for the policies.
     fn call_hooks(&mut self, until: Instant) -> Result<(), (Refusal, Phase)> {
         let shared = Arc::clone(&self.shared);
         let is_stopped = || shared.is_stopped();
         let stop = hooks::Stop { wake: shared.wake(), is_stopped: &is_stopped };
-        self.hooks.freeze(until, stop).map_err(|failure| match shared.lock().stop {
+        self.hooks.freeze(until, stop).map_err(|failure| match shared.asked_to_stop() {
             Some(why) => (aborted(why), why),
             None => (failure.into(), Phase::Failed),
         })?;
@@ -142,6 +158,12 @@ impl Run {
             }
         }
         last
+    }
+
+    /// Longest time from now for the flush rounds before the freeze.
+    fn last_flush_max(&self) -> Duration {
+        let left = self.flush_until.map(|until| until.saturating_duration_since(Instant::now()));
+        left.unwrap_or_default().max(LAST_FLUSH_MAX)
     }
 
     /// How long FIFREEZE will take, judged by the last flush: the steps follow one another, within a step it is the
@@ -183,7 +205,8 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// Finds applications and file systems, lets applications write out, starts the guard, flushes in rounds.
+    /// Finds applications and file systems, lets applications write out, starts the guard, and flushes in rounds what must not
+    /// be flushed while writers are stalled.
     pub(super) fn prepare(
         shared: &Arc<Shared>,
         order: Order,
@@ -207,6 +230,9 @@ impl Prepared {
             ));
         }
         shared.enter(State::Preparing).map_err(|why| early(aborted(why), why))?;
+        if !shared.call_off_check(CHECK_END_MAX) {
+            return Err(early(busy("a rehearsal is under way, and does not end"), Phase::Failed));
+        }
         let surveyed = survey(order.only.as_deref(), &order.selection)
             .map_err(|refusal| early(refusal, Phase::Failed))?;
         let mut evidence = surveyed.evidence(&order.id, order.lease_ms);
@@ -217,11 +243,11 @@ impl Prepared {
         if let Err(refusal) = state_stays_writable(statedir, &surveyed) {
             return Err(failed(evidence, refusal));
         }
-        let Surveyed { plan, mounts, reached } = surveyed;
+        let Surveyed { plan, mounts, reached, .. } = surveyed;
         // Where applications are to be left alone, so are those that hooks speak to.
         let hook = settings.hooks.as_ref().filter(|_| order.want == Want::Application);
-        let hooks = match hook.map_or(Ok(Vec::new()), |hook| hooks::find(&hook.path)) {
-            Ok(hooks) => hooks,
+        let paths = match hook.map_or(Ok(Vec::new()), |hook| hooks::find(&hook.path)) {
+            Ok(paths) => paths,
             Err(failure) => return Err(failed(evidence, failure.into())),
         };
         let mut held = Vec::new();
@@ -244,7 +270,7 @@ impl Prepared {
             boot_id: evidence.report.boot_id.clone(),
             lease_ms: order.lease_ms,
             filesystems: recorded,
-            hooks: hooks.clone(),
+            hooks: paths.clone(),
         };
         let (ledger, record) = match Records::new(statedir).create(&record) {
             Ok((ledger, written)) => (Arc::new(ledger), written),
@@ -254,7 +280,9 @@ impl Prepared {
             }
         };
         expect_within(&ledger, START_MAX + order.prepare + WRITERS_MAX);
-        let hooks = Hooks::new(hooks, hook, &order.id, &ledger, shared.leftovers());
+        // Nobody knows what a hook holds.
+        let mut is_stalling = !paths.is_empty();
+        let hooks = Hooks::new(paths, hook, &order.id, &ledger, shared.leftovers());
         let machinery = || -> std::io::Result<(Crew, Guard)> {
             Ok((Crew::start(&folders, &ledger)?, Guard::start(&ledger, &folders)?))
         };
@@ -268,12 +296,13 @@ impl Prepared {
         let mut applications = Applications::discover(&order.policies, deadline);
         {
             let mut inner = shared.lock();
-            inner.abort = Some(applications.abort_flag());
+            applications.abort_by(Arc::clone(&inner.abort));
             inner.ledger = Some(Arc::clone(&ledger));
             inner.bell = Some(guard.renewed());
         }
         if order.want == Want::Application {
             applications.prepare(deadline);
+            is_stalling |= applications.stall_writers();
         }
         let names =
             held.iter().map(|held| &plan.superblocks[held.planned]).map(|s| (s.device, s.name())).collect();
@@ -286,6 +315,7 @@ impl Prepared {
             evidence.reason(Reason::new("writers_incomplete", "/proc", "not every process was looked at"));
         }
         let shared = Arc::clone(shared);
+        let flush_until = (!is_stalling).then_some(deadline);
         let mut run = Run {
             shared,
             order,
@@ -294,12 +324,15 @@ impl Prepared {
             applications,
             evidence,
             held,
+            flush_until,
             first_flush: None,
             ledger,
             crew,
             guard,
         };
-        run.flush(FIRST_ROUND_FAST, deadline.max(Instant::now() + ROUND_FAST));
+        if is_stalling {
+            run.flush(FIRST_ROUND_FAST, deadline.max(Instant::now() + ROUND_FAST));
+        }
         run.evidence.report.prepare_ms = ms(begun.elapsed());
         match run.shared.enter(State::Quiescing) {
             Ok(()) => Ok(Self { run }),
@@ -309,18 +342,14 @@ impl Prepared {
 
     /// Takes locks and records positions.
     pub(super) fn quiesce(self) -> Result<Quiesced, Box<Stopped>> {
-        let mut run = self.run;
+        let run = self.run;
         let begun = Instant::now();
         let per_application = run.order.quiesce;
         let wanted = run.order.want == Want::Application;
         // A host of ours waits no longer than it said; one that knows no phases has its hooks' own limits.
         let for_hooks = if run.order.plain { run.hooks.freeze_max() } else { per_application };
         // The guard ends an agent that hangs with locks taken.
-        expect_within(&run.ledger, for_hooks + per_application + LAST_FLUSH_MAX);
-        if let Err(error) = run.guard.arm() {
-            let refusal = Refusal { code: "guard_failed", message: error.to_string() };
-            return Err(run.stopped(refusal, Phase::GuardGone));
-        }
+        let mut run = run.expected_within(for_hooks + per_application)?;
         if wanted {
             // First: who knows how long they take, and what the modules hold stalls writers meanwhile.
             if let Err((refusal, why)) = run.call_hooks(begun + for_hooks) {
@@ -352,26 +381,37 @@ pub(super) struct Quiesced {
 impl Quiesced {
     /// Flushes once more and freezes, what lies on others first.
     pub(super) fn freeze(self) -> Result<Frozen, Box<Stopped>> {
-        let mut run = self.run;
+        let longest = self.run.last_flush_max();
         // qemu-ga's own freeze knows no budget, and a host that uses it cannot raise one.
-        let allowed = if run.order.plain { u64::MAX } else { run.applications.budget_ms() };
-        let budget = run.order.budget.min(Duration::from_millis(allowed));
-        let last = run.flush(ROUND_FAST, Instant::now() + LAST_FLUSH_MAX);
-        match run.predicted(&last) {
-            Some(predicted) if predicted <= budget => {}
-            predicted => {
-                let found =
-                    predicted.map_or("cannot be told".to_owned(), |time| format!("is {} ms", ms(time)));
-                let message = format!(
-                    "by the last flush, the time that the freeze would take {found}; {} ms are allowed",
-                    ms(budget)
-                );
-                return Err(run.stopped(Refusal { code: "freeze_would_stall", message }, Phase::Failed));
-            }
+        let allowed = if self.run.order.plain { u64::MAX } else { self.run.applications.budget_ms() };
+        let budget = self.run.order.budget.min(Duration::from_millis(allowed));
+        let patience = if self.run.order.plain { budget } else { Duration::ZERO };
+        // A limit of its own: where nothing is locked, flushing may take much longer than the quiesce.
+        let mut run = self.run.expected_within(longest + patience)?;
+        let mut last = run.flush(ROUND_FAST, Instant::now() + longest);
+        if run.predicted(&last).is_none() && !patience.is_zero() {
+            // qemu-ga takes as long as it takes, and hosts rely on that. Nothing is frozen yet meanwhile.
+            let shared = &run.shared;
+            last = run.crew.flush(Instant::now() + patience, || shared.is_stopped());
+        }
+        if let Some(why) = run.shared.asked_to_stop() {
+            return Err(run.stopped(aborted(why), why));
+        }
+        let predicted = run.predicted(&last);
+        if predicted.is_none_or(|predicted| predicted > budget) {
+            return Err(run.stopped(would_stall(predicted, budget), Phase::Failed));
         }
         run.evidence.report.flushing_ms = run.first_flush.map(|begun| ms(begun.elapsed()));
         Frozen::begin(run, budget)
     }
+}
+
+fn would_stall(predicted: Option<Duration>, budget: Duration) -> Refusal {
+    let found = predicted.map_or("cannot be told".to_owned(), |time| format!("is {} ms", ms(time)));
+    let allowed = ms(budget);
+    let message =
+        format!("by the last flush, the time that the freeze would take {found}; {allowed} ms are allowed");
+    Refusal { code: "freeze_would_stall", message }
 }
 
 impl From<hooks::Failure> for Refusal {

@@ -285,7 +285,11 @@ impl Channel {
     }
 
     pub(crate) fn receive(&mut self) -> Value {
-        self.lines.get_ref().set_read_timeout(Some(ANSWER_MAX)).unwrap();
+        self.receive_within(ANSWER_MAX)
+    }
+
+    pub(crate) fn receive_within(&mut self, at_most: Duration) -> Value {
+        self.lines.get_ref().set_read_timeout(Some(at_most)).unwrap();
         let mut line = String::new();
         self.lines.read_line(&mut line).unwrap_or_else(|error| panic!("no answer: {error}"));
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))

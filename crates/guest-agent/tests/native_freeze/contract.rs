@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 scenes! {
     d1_every_signal_that_ends_the_agent_thaws_first: two, |inside| {
@@ -79,6 +79,26 @@ scenes! {
         assert_eq!(host.ask("guest-ping", json!({}))["return"], json!({}));
         host.ask("guest-fsfreeze-thaw", json!({}));
         inside.until_writable("/slow", Duration::from_secs(20));
+    };
+
+    /// More is dirty than any time for flushing allows: a stock agent freezes all the same, and hosts rely on that.
+    a_plain_freeze_takes_the_time_that_it_needs: |build| {
+        let slow = build.filesystem("ext4", "/slow");
+        build.throttle(&slow, 2_000_000);
+    }, |inside| {
+        if cannot_throttle() {
+            return;
+        }
+        std::fs::write("/slow/file", vec![7u8; 16 << 20]).unwrap();
+        let agent = inside.agent();
+        let mut host = agent.connect();
+        let begun = Instant::now();
+        host.send("guest-fsfreeze-freeze", json!({}));
+        assert_eq!(host.receive_within(Duration::from_secs(40))["return"], 1);
+        assert!(begun.elapsed() > Duration::from_secs(6), "flushed in time: {:?}", begun.elapsed());
+        inside.expect_blocked(&["/slow"]);
+        assert_eq!(agent.ask("guest-fsfreeze-thaw", json!({})), 1);
+        inside.expect_writable(&["/slow"]);
     };
 
     what_the_administrator_leaves_out_is_not_frozen_and_says_so: |build| {

@@ -57,10 +57,14 @@ scenes! {
         agent.freeze("left-alone", 20_000);
         agent.thaw("left-alone");
         assert!(log().ends_with("20-b thaw 10-a thaw") && log().split(' ').count() == 8, "{}", log());
+        let flushed = |report: &Value| report["flush_rounds_ms"].as_array().map_or(0, Vec::len);
+        let left_alone = agent.ask("stillpoint-status", json!({}))["last"].clone();
         agent.ask("stillpoint-freeze", want_application("r"));
         let report = agent.thaw("r");
         assert_eq!(filesystem(&report, "/a")["state"], "held");
         assert_eq!(log().split(' ').count(), 16, "{}", log());
+        // What a hook holds may stall writers: the bulk is written out before it is called. Otherwise nothing is written out twice.
+        assert!(flushed(&left_alone) == 1 && flushed(&report) == 2, "{left_alone} {report}");
     };
 
     d12_a_failing_hook_fails_the_freeze: |build| {

@@ -447,6 +447,60 @@ scenes! {
         inside.expect_writable(&["/run"]);
     };
 
+    /// As in a container: what is written there is written to the frozen file system below.
+    a_state_folder_over_a_file_system_that_would_freeze_is_refused: |build| {
+        build.filesystem("ext4", "/data");
+        let folders = ["lower", "upper", "work"].map(|name| {
+            build.folder(&format!("/data/{name}"));
+            format!("{name}dir={}", build.outside("/data").join(name).display())
+        });
+        build.mount_again("overlay", "overlay", "/run", &folders.join(","));
+    }, |inside| {
+        let agent = inside.agent();
+        let refusal = agent.refused("guest-fsfreeze-freeze", json!({}));
+        assert!(refusal.contains("tmpfs"), "{refusal}");
+        inside.expect_writable(&["/data", "/run"]);
+    };
+
+    /// Left out of the freeze itself, but a store into it would wait for the file system that its file lies on.
+    a_state_folder_whose_carrier_would_freeze_is_refused: |build| {
+        build.filesystem("ext4", "/data");
+        let device = build.device("/data/state.img", "ext4", 16);
+        build.mount(&device, "ext4", "/run");
+    }, |inside| {
+        std::fs::write("/tmp/key-file", "[stillpoint]\nfreeze-exclude=/run\n").unwrap();
+        let agent = inside.agent_with(&["-c", "/tmp/key-file"]);
+        let refusal = agent.refused("guest-fsfreeze-freeze", json!({}));
+        assert!(refusal.contains("tmpfs"), "{refusal}");
+        inside.expect_writable(&["/data", "/run"]);
+    };
+
+    a_rehearsal_gives_way_to_a_run: |build| {
+        let slow = build.filesystem("ext4", "/slow");
+        build.throttle(&slow, 2_000_000);
+    }, |inside| {
+        if cannot_throttle() {
+            return;
+        }
+        std::fs::write("/slow/file", vec![7u8; 16 << 20]).unwrap();
+        let agent = inside.agent();
+        let (mut one, mut other) = (agent.connect(), agent.connect());
+        one.send("stillpoint-check", json!({}));
+        until("the rehearsal flushes", Duration::from_secs(5), || {
+            std::fs::read_to_string("/proc/meminfo").unwrap().lines().any(|line| {
+                line.starts_with("Writeback:") && !line.contains(" 0 kB")
+            })
+        });
+        other.send("stillpoint-check", json!({}));
+        assert!(other.receive().to_string().contains("busy: "), "one at a time");
+        other.send("guest-fsfreeze-freeze", json!({}));
+        let called_off = one.receive_within(Duration::from_secs(20)).to_string();
+        assert!(called_off.contains("aborted: "), "{called_off}");
+        assert_eq!(other.receive_within(Duration::from_secs(40))["return"], 1);
+        assert!(agent.refused("stillpoint-check", json!({})).contains("disabled"), "none while frozen");
+        assert_eq!(agent.ask("guest-fsfreeze-thaw", json!({})), 1);
+    };
+
     a_mount_in_another_namespace_freezes_too: |build| {
         build.filesystem("ext4", "/data");
         build.filesystem("ext4", "/only-there");
