@@ -173,7 +173,7 @@ impl Repository {
         Writer::begin(self)
     }
 
-    /// All visible snapshots, oldest first. Damaged manifests are in the list and say so.
+    /// All visible snapshots, oldest first. Manifests that are damaged or cannot be read are in the list and say so.
     ///
     /// # Errors
     /// The store's.
@@ -186,7 +186,9 @@ impl Repository {
                 Ok(file) => snapshots.push((id, Summary::of(&file))),
                 // Deleted since it was listed.
                 Err(Error::Missing { object }) if object == manifest_name(id) => {}
-                Err(error @ Error::Damaged { .. }) => snapshots.push((id, Summary::damaged(id, &error))),
+                Err(error) if self.concerns_one_object(&error) => {
+                    snapshots.push((id, Summary::damaged(id, &error)));
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -215,25 +217,30 @@ impl Repository {
             [id] => match self.visible_file(id) {
                 Err(Error::NoSuchSnapshot { .. }) => Err(no_such_snapshot()),
                 // A damaged one is found, so that it can be verified and deleted.
-                Ok(_) | Err(Error::Damaged { .. }) => Ok(id),
-                Err(error) => Err(error),
+                Err(error) if !self.concerns_one_object(&error) => Err(error),
+                _ => Ok(id),
             },
             _ => Err(Error::AmbiguousSnapshot { prefix: prefix.to_string(), matches }),
         }
     }
 
-    /// Deletes a snapshot. Its space returns with the next collection; no VM is touched.
+    /// Deletes a snapshot. Its space returns with the next collection; no VM is touched. Of one whose manifest cannot be
+    /// read no copy is kept: nobody can compare with it either.
     ///
     /// # Errors
     /// `NoSuchSnapshot`, the store's.
     pub fn delete(&self, id: &SnapshotId) -> Result<(), Error> {
         let manifest = match self.objects().get(&manifest_name(*id), OBJECT_FILE_BYTES_MAX) {
+            Ok(manifest) => Some(manifest),
             Err(Error::Missing { .. }) => return Err(Error::NoSuchSnapshot { prefix: id.to_string() }),
-            manifest => manifest?,
+            Err(error) if self.concerns_one_object(&error) => None,
+            Err(error) => return Err(error),
         };
         // One that is repeated finds it there, and objects are written once.
         let kept = deleted_name(*id);
-        if self.objects().length(&kept)?.is_none() {
+        if let Some(manifest) = manifest
+            && self.objects().length(&kept)?.is_none()
+        {
             self.objects().put(&kept, manifest.into())?;
         }
         self.objects().delete(&manifest_name(*id))
@@ -246,6 +253,17 @@ impl Repository {
 
     pub(crate) fn objects(&self) -> &dyn Objects {
         &*self.frames.objects
+    }
+
+    /// Whether nothing but the object that was read is at fault: its bytes are wrong, or they cannot be had (a bad sector,
+    /// a file that is not ours to read) while the store still hands out `config`, which was read when it was opened.
+    /// Everything else of the repository goes on without such an object.
+    pub(crate) fn concerns_one_object(&self, error: &Error) -> bool {
+        match error {
+            Error::Damaged { .. } => true,
+            Error::Store { .. } => self.objects().get(CONFIG, CONFIG_BYTES_MAX).is_ok(),
+            _ => false,
+        }
     }
 
     /// A manifest that no revocation hides.

@@ -69,7 +69,7 @@ impl Repository {
                 Ok(file) => files.push(file),
                 // Deleted or revoked since it was listed.
                 Err(Error::NoSuchSnapshot { .. }) if only.is_none() => continue,
-                Err(cause @ (Error::Damaged { .. } | Error::Missing { .. })) => {
+                Err(cause) if matches!(cause, Error::Missing { .. }) || self.concerns_one_object(&cause) => {
                     report.add(Damage { snapshot: id, part: None, offset: None, cause });
                 }
                 Err(error) => return Err(error),

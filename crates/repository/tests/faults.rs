@@ -106,6 +106,38 @@ fn a_failed_deletion_can_be_repeated() {
 }
 
 #[test]
+fn a_manifest_that_cannot_be_read_costs_its_own_snapshot_and_no_other() {
+    let case = case(Fault::Lost, false);
+    let (second, _) = snapshot(&case.repository, &case.after, Some(case.first)).unwrap();
+    let lost = format!("manifests/{}", case.first);
+    case.store.lose(&lost);
+
+    let listed = case.repository.snapshots().unwrap();
+    let said: Vec<_> = listed.iter().filter(|(_, summary)| summary.damage.is_some()).collect();
+    assert_eq!((listed.len(), said.len(), said[0].0), (2, 1, case.first), "{listed:?}");
+    assert!(said[0].1.damage.as_ref().unwrap().contains(&lost), "{said:?}");
+    assert!(matches!(case.repository.manifest(&case.first), Err(Error::Store { .. })));
+    let damage = damage_of(&case.repository);
+    assert_eq!((damage.len(), damage[0].snapshot, &damage[0].part), (1, case.first, &None), "{damage:?}");
+    // Others are read, and the next is taken.
+    assert!(read_all(&case.repository, second).unwrap() == case.after);
+    let (third, _) = snapshot(&case.repository, &case.before, Some(second)).unwrap();
+    assert!(read_all(&case.repository, third).unwrap() == case.before);
+    // It is found, so that it can be deleted.
+    assert_eq!(case.repository.find(&case.first.to_string()).unwrap(), case.first);
+    case.repository.delete(&case.first).unwrap();
+    assert!(damage_of(&case.repository).is_empty());
+    assert_eq!(case.repository.snapshots().unwrap().len(), 2);
+
+    // A store that is gone is not a repository full of damage.
+    case.store.lose("");
+    assert!(matches!(case.repository.snapshots(), Err(Error::Store { .. })));
+    assert!(matches!(case.repository.verify(None, &mut |_, _| ()), Err(Error::Store { .. })));
+    assert!(matches!(case.repository.find(&second.to_string()), Err(Error::Store { .. })));
+    assert!(matches!(case.repository.delete(&second), Err(Error::Store { .. })));
+}
+
+#[test]
 fn a_flipped_bit_in_any_object_is_noticed() {
     let house = House::new();
     let repository = house.init();

@@ -55,7 +55,7 @@ pub(crate) fn run(global: &Global, id: Option<&str>) -> Result<Output, Explanati
         Explanation::new(
             Exit::Damaged,
             format!("{} of {} snapshots are damaged", hurt.len(), report.snapshots),
-            "stored objects are missing or were changed",
+            "stored objects are missing, cannot be read or were changed",
             "restore the objects named above from a copy of the repository; undamaged snapshots can be used as before",
         )
     );

@@ -157,6 +157,8 @@ pub(crate) struct Failing {
     pub(crate) fails_at: AtomicU64,
     pub(crate) names: Mutex<Vec<String>>,
     pub(crate) recovers: AtomicBool,
+    /// What begins so cannot be read, as on a bad sector; with nothing after it, the store is gone.
+    pub(crate) unreadable: Mutex<Option<String>>,
 }
 
 impl Failing {
@@ -169,6 +171,21 @@ impl Failing {
             fails_at,
             names: Mutex::default(),
             recovers: AtomicBool::new(recovers),
+            unreadable: Mutex::default(),
+        }
+    }
+
+    /// From now on nothing that begins with `name` can be read.
+    pub(crate) fn lose(&self, name: &str) {
+        *self.unreadable.lock().unwrap() = Some(name.to_string());
+    }
+
+    fn read<T>(&self, name: &str, operation: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+        match &*self.unreadable.lock().unwrap() {
+            Some(lost) if name.starts_with(lost) => {
+                Err(Error::Store { doing: format!("reading {name}"), cause: "Input/output error".into() })
+            }
+            _ => operation(),
         }
     }
 
@@ -203,11 +220,11 @@ impl Objects for Failing {
     }
 
     fn get(&self, name: &str, limit: u64) -> Result<Vec<u8>, Error> {
-        self.inner.get(name, limit)
+        self.read(name, || self.inner.get(name, limit))
     }
 
     fn get_range(&self, name: &str, range: Range<u64>) -> Result<Vec<u8>, Error> {
-        self.inner.get_range(name, range)
+        self.read(name, || self.inner.get_range(name, range))
     }
 
     fn length(&self, name: &str) -> Result<Option<u64>, Error> {
