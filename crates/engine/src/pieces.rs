@@ -1,7 +1,8 @@
 //! Which parts of a disk are read and which are known to be zero: a plan, computed from extents.
 //!
 //! The repository stores blocks of 4 KiB, while extents may end at any sector, so data is rounded outwards: a
-//! block that holds any byte to read is read whole.
+//! block that holds any byte to read is read whole. A large disk is planned part by part: its extents may be too many
+//! to be held at once.
 
 use std::ops::Range;
 
@@ -17,26 +18,27 @@ pub enum Piece {
     Zero(Range<u64>),
 }
 
-/// Full read: every range of `data` is read, everything else is zero. Ranges may touch, overlap, or leave the disk.
-pub fn whole_disk(data: impl IntoIterator<Item = Range<u64>>, size_bytes: u64) -> Vec<Piece> {
+/// Full read of one part of a disk: every range of `data` is read, everything else is zero. Ranges may touch, overlap,
+/// or leave the part, which begins and ends with a block (or with the disk).
+pub fn full(data: impl IntoIterator<Item = Range<u64>>, part: &Range<u64>) -> Vec<Piece> {
     let mut pieces = Vec::new();
-    let mut done = 0;
-    for range in blocks(data, size_bytes) {
+    let mut done = part.start;
+    for range in blocks(data, part) {
         if done < range.start {
             pieces.push(Piece::Zero(done..range.start));
         }
         done = range.end;
         pieces.push(Piece::Read(range));
     }
-    if done < size_bytes {
-        pieces.push(Piece::Zero(done..size_bytes));
+    if done < part.end {
+        pieces.push(Piece::Zero(done..part.end));
     }
     pieces
 }
 
-/// Increment: every dirty range is read, everything else is as in the parent.
-pub fn changes(dirty: impl IntoIterator<Item = Range<u64>>, size_bytes: u64) -> Vec<Piece> {
-    blocks(dirty, size_bytes).into_iter().map(Piece::Read).collect()
+/// Increment of one part of a disk: every dirty range is read, everything else is as in the parent.
+pub fn changes(dirty: impl IntoIterator<Item = Range<u64>>, part: &Range<u64>) -> Vec<Piece> {
+    blocks(dirty, part).into_iter().map(Piece::Read).collect()
 }
 
 /// Sum of what is read, in bytes.
@@ -44,14 +46,15 @@ pub fn read_bytes(pieces: &[Piece]) -> u64 {
     pieces.iter().map(|piece| if let Piece::Read(range) = piece { range.end - range.start } else { 0 }).sum()
 }
 
-/// The ranges rounded outwards to blocks, sorted, merged, and cut to the disk.
-fn blocks(ranges: impl IntoIterator<Item = Range<u64>>, size_bytes: u64) -> Vec<Range<u64>> {
+/// The ranges rounded outwards to blocks, sorted, merged, and cut to the part.
+fn blocks(ranges: impl IntoIterator<Item = Range<u64>>, part: &Range<u64>) -> Vec<Range<u64>> {
     let mut rounded: Vec<Range<u64>> = ranges
         .into_iter()
-        .filter(|range| range.start < range.end && range.start < size_bytes)
+        .map(|range| range.start.max(part.start)..range.end.min(part.end))
+        .filter(|range| range.start < range.end)
         .map(|range| {
             let start = range.start / BLOCK_BYTES * BLOCK_BYTES;
-            start..range.end.min(size_bytes).next_multiple_of(BLOCK_BYTES).min(size_bytes)
+            start..range.end.next_multiple_of(BLOCK_BYTES).min(part.end)
         })
         .collect();
     rounded.sort_by_key(|range| range.start);
@@ -74,36 +77,41 @@ mod tests {
     #[test]
     fn a_sector_of_data_reads_its_whole_block() {
         assert_eq!(
-            whole_disk(once(4608..5120), 16384),
+            full(once(4608..5120), &(0..16384)),
             [Piece::Zero(0..4096), Piece::Read(4096..8192), Piece::Zero(8192..16384)]
         );
     }
 
     #[test]
     fn two_sectors_of_one_block_are_one_read() {
-        assert_eq!(changes([0..512, 1024..1536], 8192), [Piece::Read(0..4096)]);
+        assert_eq!(changes([0..512, 1024..1536], &(0..8192)), [Piece::Read(0..4096)]);
     }
 
     #[test]
     fn the_last_block_may_be_short() {
-        assert_eq!(changes(once(8192..9216), 9216), [Piece::Read(8192..9216)]);
+        assert_eq!(changes(once(8192..9216), &(0..9216)), [Piece::Read(8192..9216)]);
     }
 
     #[test]
-    fn what_lies_beyond_the_disk_is_cut() {
-        assert_eq!(changes([4096..u64::MAX, 9000..9001], 8192), [Piece::Read(4096..8192)]);
+    fn what_lies_beyond_the_part_is_cut() {
+        assert_eq!(changes([4096..u64::MAX, 9000..9001], &(0..8192)), [Piece::Read(4096..8192)]);
+        assert_eq!(
+            changes([0..5000, 12_288..20_000], &(4096..16_384)),
+            [Piece::Read(4096..8192), Piece::Read(12_288..16_384)]
+        );
     }
 
     proptest! {
         #[test]
-        fn a_full_plan_covers_the_disk_once_and_reads_all_data(
+        fn a_full_plan_covers_its_part_once_and_reads_all_data(
             data in proptest::collection::vec((0_u64..100_000, 1_u64..9_000), 0..20),
+            first_block in 0_u64..8,
             sectors in 1_u64..200,
         ) {
-            let size = sectors * 512;
+            let part = first_block * BLOCK_BYTES..first_block * BLOCK_BYTES + sectors * 512;
             let data: Vec<_> = data.into_iter().map(|(start, length)| start..start + length).collect();
-            let mut at = 0;
-            for piece in whole_disk(data.clone(), size) {
+            let mut at = part.start;
+            for piece in full(data.clone(), &part) {
                 let (Piece::Read(range) | Piece::Zero(range)) = &piece;
                 prop_assert_eq!(range.start, at);
                 prop_assert!(range.end > range.start);
@@ -112,7 +120,7 @@ mod tests {
                 }
                 at = range.end;
             }
-            prop_assert_eq!(at, size);
+            prop_assert_eq!(at, part.end);
         }
     }
 }

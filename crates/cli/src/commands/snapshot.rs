@@ -13,6 +13,7 @@ use engine::watch::Cancel;
 use serde_json::{Value, json};
 use snapshot::{Level, Reason, Request};
 use vm::at_rest::AtRestError;
+use vm::nbd_client::NbdClientError;
 use vm::point::{Away, PointError};
 use vm::untouched::Touched;
 
@@ -238,6 +239,12 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
             format!("no snapshot of {vm} was taken: a required application was not quiesced"),
             format!("{}: {}; nothing was kept", reason.subject, reason.message),
             format!("see `stillpoint check {vm}`, or make its policy preferred"),
+        ),
+        // No lack of room brings this about, and trying again would not help.
+        SnapshotError::Copy { source: CopyError::Read(NbdClientError::TooManyExtents), .. } => plain(
+            Exit::Failed,
+            "leave the disk out with --disk, and report this as a bug: QEMU told of the disk in pieces smaller than a sector; the \
+             VM was not disturbed",
         ),
         SnapshotError::Copy { .. } => plain(
             Exit::Failed,

@@ -3,7 +3,9 @@
 use super::*;
 use ::snapshot::{Level, Reason, Request};
 use ::vm::monitor::MonitorError;
+use ::vm::nbd_client::NbdClientError;
 use ::vm::point::{Away, PointError};
+use engine::CopyError;
 use engine::boot::BootError;
 use engine::restore::RestoreError;
 use engine::snapshot::SnapshotError;
@@ -21,6 +23,10 @@ fn a_snapshot_that_was_not_taken_says_why_and_what_to_do() {
         reached: Level::Crash,
         required: Level::Application,
         reasons: vec![Reason::new(code, "db1", message)],
+    };
+    let copy = |source: NbdClientError| SnapshotError::Copy {
+        disk: "data".to_owned(),
+        source: CopyError::Read(source),
     };
     let path = || PathBuf::from("/run/vms/db1.qmp");
     let errors = [
@@ -50,6 +56,8 @@ fn a_snapshot_that_was_not_taken_says_why_and_what_to_do() {
             "postgresql",
             "CHECKPOINT took too long",
         )),
+        copy(NbdClientError::Closed),
+        copy(NbdClientError::TooManyExtents),
         SnapshotError::Interrupted,
     ];
     let printed: Vec<_> = errors.iter().map(|error| super::snapshot::explain(&request, error)).collect();
