@@ -1,23 +1,25 @@
 //! Writes a disk of a snapshot to an image or a block device: sparse, complete or not at all. Raw is written by
 //! several threads; qcow2 by `qemu-img`, which reads the disk from an NBD server of ours.
 //!
-//! A file is written under another name and renamed at the end, so a target is never half a disk. A block device
-//! has no such way: whoever reads it after a failed restore is told by the error.
+//! A file is written under another name and renamed at the end, so a target is never half a disk. What it replaces is
+//! held against every QEMU until then: a VM that was started on the old image meanwhile would go on writing to a file
+//! without a name. A block device has no such way: whoever reads it after a failed restore is told by the error.
 
 use crate::serve::SnapshotDisk;
 use crate::watch::{Cancel, Watch};
 use repository::DiskReader;
-use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fcntl_lock};
+use rustix::fs::{CWD, FallocateFlags, OFlags, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use vm::image_lock::{self, Locked};
 use vm::nbd_server::{NbdServer, NbdServerError, ServerOptions};
 
 /// Bytes that a thread reads and writes at a time.
@@ -28,7 +30,7 @@ const THREADS: usize = 2;
 /// Why a disk was not restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// Something is at the target already.
+    /// Something is at the target already, or appeared there while the disk was written.
     #[error("{} exists", .0.display())]
     Exists(PathBuf),
     /// The target is a folder, a socket or the like.
@@ -40,6 +42,9 @@ pub enum RestoreError {
     /// Someone holds the target open: a running VM, or a mounted file system.
     #[error("{} is in use, by a running VM or a mount", .0.display())]
     InUse(PathBuf),
+    /// Somebody put another file in the place of the one that should be replaced.
+    #[error("{} is another file than when the restore began", .0.display())]
+    Changed(PathBuf),
     /// The block device is smaller than the disk.
     #[error("{} has {have} bytes, the disk has {need}", .path.display())]
     TooSmall {
@@ -92,7 +97,8 @@ pub fn to_raw(
     cancel: &Cancel,
 ) -> Result<(), RestoreError> {
     let io = |source| RestoreError::Target { path: path.to_owned(), source };
-    if let Some(mut device) = claim(path, overwrite)? {
+    let claimed = claim(path, overwrite)?;
+    if let Claimed::Device(mut device) = claimed {
         let have = io::Seek::seek(&mut device, io::SeekFrom::End(0)).map_err(io)?;
         let need = disk.size_bytes();
         if have < need {
@@ -103,7 +109,7 @@ pub fn to_raw(
         fill(disk, &device, path, watch, cancel)?;
         return device.sync_all().map_err(io);
     }
-    let partial = Partial::beside(path)?;
+    let partial = Partial::beside(path, claimed)?;
     partial.file.set_len(disk.size_bytes()).map_err(io)?;
     fill(disk, &partial.file, path, watch, cancel)?;
     partial.keep(path)
@@ -120,7 +126,8 @@ pub fn to_qcow2(
     watch: &dyn Watch,
     cancel: &Cancel,
 ) -> Result<(), RestoreError> {
-    if claim(path, overwrite)?.is_some() {
+    let claimed = claim(path, overwrite)?;
+    if let Claimed::Device(_) = claimed {
         return Err(RestoreError::RawOnly(path.to_owned()));
     }
     // Said, not left to the umask: the server refuses a folder that others may enter.
@@ -132,7 +139,7 @@ pub fn to_qcow2(
     let socket = folder.path().join("nbd");
     let exports = vec![("disk".to_owned(), Arc::clone(&source) as _)];
     let _server = NbdServer::start(&socket, exports, ServerOptions::default())?;
-    let partial = Partial::beside(path)?;
+    let partial = Partial::beside(path, claimed)?;
     // Every format is named; nothing is probed.
     let mut convert = Command::new("qemu-img")
         .args(["convert", "-f", "raw", "-O", "qcow2", "-W"])
@@ -179,9 +186,18 @@ pub fn check_target(path: &Path, overwrite: bool) -> Result<(), RestoreError> {
     claim(path, overwrite).map(drop)
 }
 
-/// Looks at the target: an error if something is there that may not be overwritten; otherwise the device, if it is one,
-/// claimed for as long as it is open.
-fn claim(path: &Path, overwrite: bool) -> Result<Option<File>, RestoreError> {
+/// What is at a target, held against every QEMU for as long as it is open.
+enum Claimed {
+    /// Nothing is there yet.
+    Nothing,
+    /// A file, which will be replaced.
+    File(File),
+    /// A device, which will be written to.
+    Device(File),
+}
+
+/// Looks at the target, and claims it: an error if something is there that may not be overwritten.
+fn claim(path: &Path, overwrite: bool) -> Result<Claimed, RestoreError> {
     let io = |source| RestoreError::Target { path: path.to_owned(), source };
     let kind = match fs::metadata(path) {
         Ok(_) if !overwrite => return Err(RestoreError::Exists(path.to_owned())),
@@ -190,7 +206,7 @@ fn claim(path: &Path, overwrite: bool) -> Result<Option<File>, RestoreError> {
             let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
             let folder = folder.unwrap_or(Path::new("."));
             let there = folder.is_dir() && path.file_name().is_some();
-            return if there { Ok(None) } else { Err(RestoreError::NoFolder(folder.to_owned())) };
+            return if there { Ok(Claimed::Nothing) } else { Err(RestoreError::NoFolder(folder.to_owned())) };
         }
         Err(source) => return Err(io(source)),
     };
@@ -207,42 +223,104 @@ fn claim(path: &Path, overwrite: bool) -> Result<Option<File>, RestoreError> {
     let target = options
         .open(path)
         .map_err(|e| if e.kind() == io::ErrorKind::ResourceBusy { in_use() } else { io(e) })?;
-    // QEMU holds locks on every image that it has open. Source: `raw_apply_lock_bytes` in QEMU's `block/file-posix.c`.
-    match fcntl_lock(&target, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(kind.is_block_device().then_some(target)),
-        Err(Errno::AGAIN | Errno::ACCESS) => Err(in_use()),
-        // A file system without locks cannot say; a VM could not have locked it either.
-        Err(_) => Ok(kind.is_block_device().then_some(target)),
+    match image_lock::lock(&target).map_err(io)? {
+        Locked::InUse => Err(in_use()),
+        Locked::Held | Locked::Unknown if kind.is_block_device() => Ok(Claimed::Device(target)),
+        Locked::Held | Locked::Unknown => Ok(Claimed::File(target)),
     }
 }
 
 /// A file under another name, removed unless kept.
-pub(crate) struct Partial {
-    pub(crate) file: File,
-    pub(crate) path: PathBuf,
+struct Partial {
+    file: File,
+    path: PathBuf,
+    /// What it will replace, held until it has.
+    replaces: Option<File>,
     kept: bool,
 }
 
 impl Partial {
-    /// Makes it in the folder of `target`.
-    pub(crate) fn beside(target: &Path) -> Result<Self, RestoreError> {
+    /// Makes it in the folder of `target`, for the owner of what it will replace.
+    fn beside(target: &Path, claimed: Claimed) -> Result<Self, RestoreError> {
+        let io = |source| RestoreError::Target { path: target.to_owned(), source };
         let mut name = target.file_name().unwrap_or_default().to_owned();
         name.push(format!(".{}.partial", std::process::id()));
         let path = target.with_file_name(name);
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(|source| RestoreError::Target { path: target.to_owned(), source })?;
-        Ok(Self { file, path, kept: false })
+        let replaces = match claimed {
+            Claimed::File(file) => Some(file),
+            Claimed::Nothing | Claimed::Device(_) => None,
+        };
+        let partial = Self { file: file.map_err(io)?, path, replaces, kept: false };
+        if let Some(old) = &partial.replaces {
+            // Now, because it may be refused: better before the work than after it.
+            give_owner(&partial.file, old).map_err(io)?;
+        }
+        Ok(partial)
     }
 
     /// Makes it durable under its real name.
-    pub(crate) fn keep(mut self, target: &Path) -> Result<(), RestoreError> {
+    fn keep(mut self, target: &Path) -> Result<(), RestoreError> {
         let io = |source| RestoreError::Target { path: target.to_owned(), source };
+        if let Some(old) = &self.replaces {
+            let mode = old.metadata().map_err(io)?.mode() & 0o7777;
+            self.file.set_permissions(fs::Permissions::from_mode(mode)).map_err(io)?;
+        }
         self.file.sync_all().map_err(io)?;
-        fs::rename(&self.path, target).map_err(io)?;
-        self.kept = true;
+        self.take_name(target)?;
         let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty());
+        // Only after this is the old file let go of: a QEMU that opened it just before the renaming must still find it
+        // locked when it comes to locking it.
         File::open(folder.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all()).map_err(io)
     }
+
+    fn take_name(&mut self, target: &Path) -> Result<(), RestoreError> {
+        let io = |source| RestoreError::Target { path: target.to_owned(), source };
+        let Some(old) = &self.replaces else { return self.take_new_name(target) };
+        // The file that is held, and not one that somebody put in its place, which a VM may use by now.
+        let is_there = match fs::metadata(target) {
+            Ok(there) => is_same(&there, &old.metadata().map_err(io)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(source) => return Err(io(source)),
+        };
+        if !is_there {
+            return Err(RestoreError::Changed(target.to_owned()));
+        }
+        fs::rename(&self.path, target).map_err(io)?;
+        self.kept = true;
+        Ok(())
+    }
+
+    /// Where nothing was: nothing that appeared meanwhile is replaced.
+    fn take_new_name(&mut self, target: &Path) -> Result<(), RestoreError> {
+        let failed = |source: io::Error| match source.kind() {
+            io::ErrorKind::AlreadyExists => RestoreError::Exists(target.to_owned()),
+            _ => RestoreError::Target { path: target.to_owned(), source },
+        };
+        match renameat_with(CWD, &self.path, CWD, target, RenameFlags::NOREPLACE) {
+            Ok(()) => {
+                self.kept = true;
+                Ok(())
+            }
+            // Not every file system has it (NFS); a second name replaces nothing either, and the first is then removed.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                fs::hard_link(&self.path, target).map_err(failed)
+            }
+            Err(errno) => Err(failed(errno.into())),
+        }
+    }
+}
+
+/// Gives a file the owner and group of another, if it has others.
+fn give_owner(file: &File, like: &File) -> io::Result<()> {
+    let (have, want) = (file.metadata()?, like.metadata()?);
+    let user = (have.uid() != want.uid()).then(|| want.uid());
+    let group = (have.gid() != want.gid()).then(|| want.gid());
+    if user.is_none() && group.is_none() { Ok(()) } else { fchown(file, user, group) }
+}
+
+fn is_same(one: &fs::Metadata, other: &fs::Metadata) -> bool {
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
 impl Drop for Partial {

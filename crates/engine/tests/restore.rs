@@ -1,11 +1,13 @@
 //! Restores of a small snapshot to files, as a user asks for them.
 
 use engine::restore::{RestoreError, check_target, to_qcow2, to_raw};
-use engine::watch::{Cancel, Unwatched};
+use engine::watch::{Cancel, Unwatched, Watch};
 use repository::{DiskReader, Manifest, Options, Repository, Secret};
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 const DISK_BYTES: usize = 3 << 20;
@@ -97,4 +99,106 @@ fn an_image_that_a_vm_has_open_is_never_replaced() {
     assert!(matches!(restored, Err(RestoreError::InUse(_))), "{restored:?}");
     assert_eq!(fs::read(&image).unwrap(), vec![7; 1 << 20]);
     to_raw(&disk, &image, true, &Unwatched, &Cancel::default()).expect("it is free again");
+}
+
+/// Does something once while a disk is written.
+struct Meanwhile<'d>(&'d (dyn Fn() + Sync), Once);
+
+impl Watch for Meanwhile<'_> {
+    fn step(&self, _name: &str) {}
+
+    fn progress(&self, _done_bytes: u64, _total_bytes: u64) {
+        self.1.call_once(self.0);
+    }
+}
+
+/// How many files a folder holds.
+fn files(folder: &Path) -> usize {
+    fs::read_dir(folder).expect("it is there").count()
+}
+
+#[test]
+fn no_vm_can_be_started_on_an_image_that_is_being_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let (disk, bytes) = disk(folder.path());
+    let image = folder.path().join("old.raw");
+    fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let open = || {
+        let ended = Command::new("qemu-io")
+            .args(["-f", "raw", "-c", "write -P 9 0 512"])
+            .arg(&image)
+            .output()
+            .expect("qemu-io comes with QEMU");
+        (ended.status.success(), String::from_utf8_lossy(&ended.stderr).into_owned())
+    };
+    let attempt = std::sync::Mutex::new(None);
+    let meanwhile = || *attempt.lock().unwrap() = Some(open());
+    // What is only looked at beforehand, by path, must not let go of it.
+    check_target(&image, true).unwrap();
+    to_raw(&disk, &image, true, &Meanwhile(&meanwhile, Once::new()), &Cancel::default()).unwrap();
+    let (opened, said) = attempt.into_inner().unwrap().expect("it was tried");
+    assert!(!opened && said.contains("lock"), "{said}");
+    assert_eq!(fs::read(&image).unwrap(), bytes);
+    assert!(open().0, "it is free afterwards");
+}
+
+#[test]
+fn what_appears_at_a_target_while_the_disk_is_written_is_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let (disk, _) = disk(folder.path());
+    let target = folder.path().join("target");
+    fs::create_dir(&target).unwrap();
+    let image = target.join("a.raw");
+    let put = || fs::write(&image, "precious").unwrap();
+    for overwrite in [false, true] {
+        let restored = to_raw(&disk, &image, overwrite, &Meanwhile(&put, Once::new()), &Cancel::default());
+        assert!(matches!(restored, Err(RestoreError::Exists(_))), "{restored:?}");
+        assert_eq!((fs::read(&image).unwrap(), files(&target)), (b"precious".to_vec(), 1));
+        fs::remove_file(&image).unwrap();
+    }
+    let restored = to_qcow2(&disk, &image, false, &Meanwhile(&put, Once::new()), &Cancel::default());
+    assert!(matches!(restored, Err(RestoreError::Exists(_))), "{restored:?}");
+    assert_eq!(fs::read(&image).unwrap(), b"precious");
+
+    // Nor one that came in the place of what was to be replaced.
+    let exchange = || {
+        fs::write(target.join("new"), "of somebody else").unwrap();
+        fs::rename(target.join("new"), &image).unwrap();
+    };
+    let restored = to_raw(&disk, &image, true, &Meanwhile(&exchange, Once::new()), &Cancel::default());
+    assert!(matches!(restored, Err(RestoreError::Changed(_))), "{restored:?}");
+    assert_eq!((fs::read(&image).unwrap(), files(&target)), (b"of somebody else".to_vec(), 1));
+}
+
+#[test]
+fn a_replaced_image_keeps_its_owner_and_mode() {
+    let folder = tempfile::tempdir().unwrap();
+    let (disk, bytes) = disk(folder.path());
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        println!("not root: the owner is not looked at");
+    }
+    for (name, qcow2) in [("a.raw", false), ("a.qcow2", true)] {
+        let image = folder.path().join(name);
+        fs::write(&image, "old").unwrap();
+        if root {
+            std::os::unix::fs::chown(&image, Some(1), Some(2)).unwrap();
+        }
+        fs::set_permissions(&image, fs::Permissions::from_mode(0o640)).unwrap();
+        let before = fs::metadata(&image).unwrap();
+        if qcow2 {
+            to_qcow2(&disk, &image, true, &Unwatched, &Cancel::default()).unwrap();
+        } else {
+            to_raw(&disk, &image, true, &Unwatched, &Cancel::default()).unwrap();
+            assert_eq!(fs::read(&image).unwrap(), bytes);
+        }
+        let after = fs::metadata(&image).unwrap();
+        let rights = |facts: &fs::Metadata| (facts.uid(), facts.gid(), facts.mode());
+        assert_eq!(rights(&after), rights(&before), "{name}");
+        assert_ne!(after.ino(), before.ino(), "{name} was replaced");
+    }
+    // A new one is its maker's alone.
+    let new = folder.path().join("new.raw");
+    to_raw(&disk, &new, false, &Unwatched, &Cancel::default()).unwrap();
+    assert_eq!(fs::metadata(&new).unwrap().mode() & 0o777, 0o600);
 }

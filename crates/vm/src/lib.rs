@@ -4,6 +4,7 @@ pub mod accelerator;
 pub mod agent;
 pub mod at_rest;
 pub mod disks;
+pub mod image_lock;
 pub mod machine;
 pub mod monitor;
 pub mod nbd_client;

@@ -88,6 +88,10 @@ pub(super) fn explain(disk: &str, error: &RestoreError) -> Explanation {
             Exit::Failed,
             "shut the VM down (or unmount the device) first, or restore to another path; nothing was changed",
         ),
+        RestoreError::Changed(_) => plain(
+            Exit::Failed,
+            "see who put another file there, and restore again, or to another path; neither file was changed",
+        ),
         RestoreError::TooSmall { .. } => plain(Exit::Failed, "choose a larger device; nothing was changed"),
         RestoreError::RawOnly(_) => plain(Exit::Usage, "give --format raw; nothing was changed"),
         RestoreError::Target { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {

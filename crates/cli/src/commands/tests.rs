@@ -74,6 +74,7 @@ fn a_disk_that_was_not_restored_says_why_and_what_to_do() {
         RestoreError::NotAFile("/srv/images".into()),
         RestoreError::NoFolder("/srv/images".into()),
         RestoreError::InUse(path()),
+        RestoreError::Changed(path()),
         RestoreError::TooSmall { path: "/dev/sdx".into(), have: 1 << 20, need: 1 << 30 },
         RestoreError::RawOnly("/dev/sdx".into()),
         target(ErrorKind::StorageFull),
