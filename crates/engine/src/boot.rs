@@ -53,6 +53,9 @@ pub enum BootError {
     /// Kernel or firmware was not kept.
     #[error("the VM's {0} was not kept with the snapshot")]
     Missing(&'static str),
+    /// Firmware or variables are an image that names its own blocks, and could name other files.
+    #[error("the VM's firmware is a '{0}' image, and a twin can use raw firmware only")]
+    FirmwareFormat(String),
     /// A file of the twin.
     #[error("{}: {source}", .path.display())]
     File {
@@ -203,6 +206,8 @@ fn spec(
         TwinBoot::Kernel { initrd: kept(Role::Initrd), append }
     } else if definition.boot.flash.is_empty() {
         TwinBoot::Bios
+    } else if let Some(flash) = definition.boot.flash.iter().find(|flash| !flash.is_plain()) {
+        return Err(BootError::FirmwareFormat(flash.format.chars().take(64).collect()));
     } else if kept(Role::Firmware) && kept(Role::FirmwareVariables) {
         TwinBoot::Firmware
     } else {

@@ -235,6 +235,7 @@ impl Hands for Carrier<'_> {
     }
 
     fn copy(&mut self, receipt: &mut Receipt) -> Result<(), SnapshotError> {
+        self.archive.keep_variables(receipt)?;
         let Some(plan) = &self.plan else { return Ok(()) };
         let exports = point::export(&mut self.monitor, plan)?;
         let bitmaps: Vec<_> = plan.disks.iter().map(|disk| Some(&disk.bitmap[..])).collect();

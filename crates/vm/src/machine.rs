@@ -80,6 +80,13 @@ pub struct Flash {
     pub read_only: bool,
 }
 
+impl Flash {
+    /// Its file holds what the guest sees, byte for byte: the one form that a twin takes.
+    pub fn is_plain(&self) -> bool {
+        matches!(self.format.as_str(), "raw" | "file" | "host_device")
+    }
+}
+
 /// Asks for the drives and decides which count.
 ///
 /// # Errors
@@ -98,7 +105,8 @@ pub fn drives(monitor: &mut Monitor) -> Result<Drives, MonitorError> {
     Ok(drives)
 }
 
-/// An image's file as another process would name it; QEMU may have been given it relative to its own folder.
+/// A file as another process would name it; QEMU may have been given it relative to its own folder. What is not found
+/// there stays relative, and must not be opened: in our own folder it would be another file.
 fn absolute(file: &str, qemu: Option<Peer>) -> String {
     let folder = qemu.and_then(|qemu| std::fs::read_link(format!("/proc/{}/cwd", qemu.pid)).ok());
     let found = folder.map(|folder| folder.join(file)).filter(|path| path.is_file());
@@ -127,6 +135,7 @@ pub fn definition(monitor: &mut Monitor) -> Result<Definition, MonitorError> {
     let memory = monitor.run(&QueryMemorySizeSummary {})?;
     let uuid = monitor.run(&QueryUuid {})?.uuid;
     let devices = monitor.run(&QueryBlock {})?;
+    let qemu = monitor.peer();
     Ok(Definition {
         name: monitor.run(&QueryName {})?.name,
         uuid: Some(uuid).filter(|uuid| uuid.bytes().any(|byte| !matches!(byte, b'0' | b'-'))),
@@ -136,10 +145,10 @@ pub fn definition(monitor: &mut Monitor) -> Result<Definition, MonitorError> {
         cpus: u32::try_from(cpus.len()).unwrap_or(u32::MAX),
         memory_bytes: memory.base_memory.saturating_add(memory.plugged_memory),
         boot: Boot {
-            kernel: given(monitor, "kernel")?,
-            initrd: given(monitor, "initrd")?,
+            kernel: given(monitor, "kernel")?.map(|file| absolute(&file, qemu)),
+            initrd: given(monitor, "initrd")?.map(|file| absolute(&file, qemu)),
             append: given(monitor, "append")?,
-            flash: flash(&devices),
+            flash: flash(&devices, qemu),
         },
         qemu_version: monitor.greeting().version.clone(),
     })
@@ -150,17 +159,15 @@ fn cpu_model(kind: &str) -> &str {
     kind.strip_suffix("-cpu").and_then(|model| model.rsplit_once('-')).map_or("", |(model, _)| model)
 }
 
-fn flash(devices: &[Device]) -> Vec<Flash> {
+fn flash(devices: &[Device], qemu: Option<Peer>) -> Vec<Flash> {
     let mut chips: Vec<_> = devices
         .iter()
         .filter_map(|device| {
             let chip = device.qdev.as_ref()?.strip_prefix("/machine/system.flash")?;
             let node = device.inserted.as_ref()?;
             let size_bytes = node.image.virtual_size;
-            Some((
-                chip,
-                Flash { file: node.file.clone(), format: node.drv.clone(), size_bytes, read_only: node.ro },
-            ))
+            let (file, format) = (absolute(&node.file, qemu), node.drv.clone());
+            Some((chip, Flash { file, format, size_bytes, read_only: node.ro }))
         })
         .collect();
     chips.sort_by_key(|(chip, _)| *chip);
@@ -264,6 +271,13 @@ mod tests {
         assert_eq!(cpu_model("max-x86_64-cpu"), "max");
         assert_eq!(cpu_model("Skylake-Client-v1-x86_64-cpu"), "Skylake-Client-v1");
         assert_eq!(cpu_model("strange"), "");
+    }
+
+    #[test]
+    fn only_flash_without_an_image_format_is_plain() {
+        let flash = |format: &str| Flash { format: format.to_owned(), ..Flash::default() };
+        assert!(flash("raw").is_plain() && flash("file").is_plain());
+        assert!(!flash("qcow2").is_plain() && !flash("").is_plain());
     }
 
     #[test]

@@ -117,7 +117,11 @@ fn disks_on_every_bus_are_found_and_everything_else_is_left_out_with_its_reason(
     assert_eq!((definition.cpu_model.as_str(), definition.name.as_deref()), ("max", Some("db1")));
     assert_eq!(definition.uuid.as_deref(), Some("12345678-1234-1234-1234-123456789abc"));
     assert_eq!(definition.boot.flash.len(), 1);
-    assert!(definition.boot.flash[0].read_only && definition.boot.flash[0].file.ends_with("code.raw"));
+    let code = &definition.boot.flash[0];
+    assert!(code.read_only && code.is_plain(), "{code:?}");
+    // QEMU was given it relative to its own folder.
+    let file = std::path::Path::new(&code.file);
+    assert!(file.is_absolute() && file.ends_with("code.raw") && file.is_file(), "{code:?}");
 }
 
 #[test]

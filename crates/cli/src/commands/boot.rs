@@ -114,7 +114,9 @@ pub(super) fn explain(error: &BootError) -> Explanation {
         BootError::Register(error) => return of_register(problem, error),
         BootError::Definition(_) => "restore the disks and start the VM by other means",
         BootError::Machine(_) | BootError::NoDisk => "restore the disks and start the VM by other means",
-        BootError::Missing(_) => "restore the disks and boot them with a kernel or firmware of your own",
+        BootError::Missing(_) | BootError::FirmwareFormat(_) => {
+            "restore the disks and boot them with a kernel or firmware of your own"
+        }
         BootError::File { .. } => "give another folder with --folder, with room for what the twin writes",
         BootError::Accelerator(_) => "set STILLPOINT_ACCEL to kvm or tcg, or unset it",
         BootError::Serve(_) => "give another folder with --folder; its path must be short",

@@ -93,6 +93,7 @@ fn a_twin_that_was_not_started_says_why_and_what_to_do() {
         BootError::NoDisk,
         BootError::Machine("microvm".to_owned()),
         BootError::Missing("kernel"),
+        BootError::FirmwareFormat("qcow2".to_owned()),
         BootError::File { path: "/var/lib/stillpoint/twins/a".into(), source: ErrorKind::StorageFull.into() },
     ];
     let printed = print(&errors.iter().map(boot::explain).collect::<Vec<_>>());

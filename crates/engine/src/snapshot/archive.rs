@@ -3,6 +3,7 @@
 use super::SnapshotError;
 use super::facts::{Facts, disk_facts};
 use crate::copy::{Source, Tally};
+use crate::definition::BootFile;
 use crate::watch::{Cancel, Watch};
 use crate::{definition, now_ms};
 use repository::{Manifest, Part, Role, SnapshotId, Writer};
@@ -19,6 +20,8 @@ pub(super) struct Archive<'a> {
     pub(super) facts: Facts,
     parts: Vec<Part>,
     definition: serde_json::Value,
+    /// Until they are kept.
+    variables: Vec<BootFile>,
     /// Until the seal.
     writer: Option<Writer>,
     pub(super) sealed: Option<(SnapshotId, Manifest)>,
@@ -33,8 +36,19 @@ impl<'a> Archive<'a> {
         writer: Writer,
         definition: definition::Kept,
     ) -> Self {
-        let definition::Kept { parts, json, .. } = definition;
-        Self { request, watch, cancel, facts, parts, definition: json, writer: Some(writer), sealed: None }
+        let definition::Kept { parts, json, variables, .. } = definition;
+        let (definition, writer) = (json, Some(writer));
+        Self { request, watch, cancel, facts, parts, definition, variables, writer, sealed: None }
+    }
+
+    /// Keeps the firmware's variables, which must not be older than the disks. Why one was not kept goes into the receipt
+    /// only, for it was judged already; that they can be read was seen before the run began.
+    pub(super) fn keep_variables(&mut self, receipt: &mut Receipt) -> Result<(), SnapshotError> {
+        let writer = self.writer.as_ref().expect("it is there until the seal");
+        let (parts, reasons) = definition::keep_variables(&std::mem::take(&mut self.variables), writer)?;
+        self.parts.extend(parts);
+        receipt.reasons.extend(reasons);
+        Ok(())
     }
 
     /// Reads and stores the wanted disks, each by its export, and notes how in the receipt. `bitmaps` are those that

@@ -182,6 +182,7 @@ impl Hands for Resting<'_> {
     }
 
     fn copy(&mut self, receipt: &mut Receipt) -> Result<(), SnapshotError> {
+        self.archive.keep_variables(receipt)?;
         let Some(images) = &mut self.images else { return Ok(()) };
         let wanted = &self.archive.facts.wanted;
         let exports = images.serve(wanted.iter().map(|wanted| (&wanted.disk, wanted.base.as_deref())))?;
