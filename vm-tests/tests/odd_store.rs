@@ -152,7 +152,7 @@ fn what_someone_else_changed_in_the_repository_is_told_and_not_used() {
             assert!(format != "raw" || restored.code() == 5, "{restored:?}");
             assert!(!target.exists(), "{name}, {format}: what is damaged is not restored");
         }
-        // A run that needs the damaged parent says so, or does without it; what it keeps is right.
+        // A run that needs the damaged parent says so, or shares what it does not read; then `verify` tells of it.
         bare.write("d", 0xa2, 2 * MIB, MIB);
         let next = stillpoint.run(&["snapshot", "vm"]).expect("it ends");
         println!("the next run: {} {}", next.code(), next.stderr.trim_end());
@@ -163,6 +163,20 @@ fn what_someone_else_changed_in_the_repository_is_told_and_not_used() {
             }
             stillpoint.must(&["snapshot", "vm"]);
             stillpoint.assert_sound(1);
+        } else {
+            let id = next.object["snapshot"].as_str().expect("an id");
+            let restored = stillpoint.run(&["restore", id, "--disk", &wish]).expect("it ends");
+            let verified = stillpoint.run(&["verify"]).expect("it ends");
+            let damage = verified.object["damage"].as_array().expect("a list");
+            let named = damage.iter().any(|place| place["snapshot"] == id);
+            println!("it restores with {}; verify names it: {named}", restored.code());
+            if restored.code() == 0 {
+                assert!(same(&target, "raw", &bare.path("d.raw"), "raw"), "{name}: on a damaged parent");
+                fs::remove_file(&target).expect("it is there");
+            } else {
+                assert!(restored.code() == 5 && !target.exists(), "{restored:?}");
+            }
+            assert_eq!(named, restored.code() != 0, "{name}: {verified:?}");
         }
         mend();
         bare.write("d", 0xa3, 3 * MIB, 4096);

@@ -214,6 +214,36 @@ fn damage_is_reported_for_every_snapshot_that_needs_it_and_for_no_other() {
 }
 
 #[test]
+fn an_increment_shares_the_damage_of_its_parent_until_verify_has_told_of_it() {
+    let house = House::new();
+    let before = noise(1, 2 * MIB);
+    let (first, _) = snapshot(&house.init(), &before, None).unwrap();
+    let pack = house.files().into_iter().find(|file| file.to_string_lossy().contains("packs/")).unwrap();
+    let mut bytes = std::fs::read(&pack).unwrap();
+    bytes[100] ^= 1;
+    std::fs::write(&pack, bytes).unwrap();
+
+    // What is compared are checksums, so nothing of the parent's data is read, and the damage is not met.
+    let repository = house.open();
+    let (second, _) = snapshot(&repository, &before, Some(first)).unwrap();
+    assert!(matches!(read_all(&repository, second), Err(Error::Damaged { .. })));
+    let mut hurt: Vec<_> = damage_of(&repository).iter().map(|damage| damage.snapshot).collect();
+    hurt.sort();
+    let mut expected = [first, second];
+    expected.sort();
+    assert_eq!(hurt, expected);
+
+    // Afterwards this host no longer relies on what is stored: without the damaged ones the next is whole.
+    for id in [first, second] {
+        repository.delete(&id).unwrap();
+    }
+    let repository = house.open();
+    let (third, _) = snapshot(&repository, &before, None).unwrap();
+    assert!(read_all(&repository, third).unwrap() == before);
+    assert!(damage_of(&repository).is_empty());
+}
+
+#[test]
 fn a_cut_or_missing_pack_is_noticed() {
     let house = House::new();
     let (id, _) = snapshot(&house.init(), &noise(1, MIB), None).unwrap();
