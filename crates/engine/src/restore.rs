@@ -85,19 +85,40 @@ pub enum RestoreError {
     Interrupted,
 }
 
-/// Writes `disk` to `path` as a raw image. `overwrite`: what is there may be replaced; a block device always needs it.
+/// Where a disk goes. What is there is held against every QEMU until it was replaced, or this is dropped. Of several
+/// disks of one VM all targets are claimed before the first is written: a VM that is started in between must not find
+/// some of them restored, and others not yet.
+#[derive(Debug)]
+#[must_use = "dropping this lets a VM use what is there"]
+pub struct Target {
+    path: PathBuf,
+    claimed: Claimed,
+}
+
+impl Target {
+    /// Looks at a path before anything is written anywhere. `overwrite`: what is there may be replaced; a block device
+    /// always needs it.
+    ///
+    /// # Errors
+    /// `Exists`, `NotAFile`, `NoFolder`, `InUse`, `Target`.
+    pub fn claim(path: &Path, overwrite: bool) -> Result<Self, RestoreError> {
+        Ok(Self { path: path.to_owned(), claimed: claim(path, overwrite)? })
+    }
+}
+
+/// Writes `disk` as a raw image.
 ///
 /// # Errors
-/// See [`RestoreError`]; a file at `path` is then as it was.
+/// See [`RestoreError`]; a file at the target is then as it was.
 pub fn to_raw(
     disk: &DiskReader,
-    path: &Path,
-    overwrite: bool,
+    target: Target,
     watch: &dyn Watch,
     cancel: &Cancel,
 ) -> Result<(), RestoreError> {
+    let Target { path, claimed } = target;
+    let path = path.as_path();
     let io = |source| RestoreError::Target { path: path.to_owned(), source };
-    let claimed = claim(path, overwrite)?;
     if let Claimed::Device(mut device) = claimed {
         let have = io::Seek::seek(&mut device, io::SeekFrom::End(0)).map_err(io)?;
         let need = disk.size_bytes();
@@ -115,18 +136,18 @@ pub fn to_raw(
     partial.keep(path)
 }
 
-/// Writes `disk` to `path` as a qcow2 image, with `qemu-img`.
+/// Writes `disk` as a qcow2 image, with `qemu-img`.
 ///
 /// # Errors
-/// See [`RestoreError`]; a file at `path` is then as it was.
+/// See [`RestoreError`]; a file at the target is then as it was.
 pub fn to_qcow2(
     disk: &DiskReader,
-    path: &Path,
-    overwrite: bool,
+    target: Target,
     watch: &dyn Watch,
     cancel: &Cancel,
 ) -> Result<(), RestoreError> {
-    let claimed = claim(path, overwrite)?;
+    let Target { path, claimed } = target;
+    let path = path.as_path();
     if let Claimed::Device(_) = claimed {
         return Err(RestoreError::RawOnly(path.to_owned()));
     }
@@ -178,15 +199,8 @@ fn watch_child(child: &mut Child, tell: impl Fn(), cancel: &Cancel) -> Result<()
     }
 }
 
-/// Whether a restore to `path` may begin, before anything is written anywhere.
-///
-/// # Errors
-/// `Exists`, `NotAFile`, `NoFolder`, `InUse`, `Target`.
-pub fn check_target(path: &Path, overwrite: bool) -> Result<(), RestoreError> {
-    claim(path, overwrite).map(drop)
-}
-
 /// What is at a target, held against every QEMU for as long as it is open.
+#[derive(Debug)]
 enum Claimed {
     /// Nothing is there yet.
     Nothing,

@@ -1,6 +1,6 @@
 //! Restores of a small snapshot to files, as a user asks for them.
 
-use engine::restore::{RestoreError, check_target, to_qcow2, to_raw};
+use engine::restore::{RestoreError, Target, to_qcow2, to_raw};
 use engine::watch::{Cancel, Unwatched, Watch};
 use repository::{DiskReader, Manifest, Options, Repository, Secret};
 use std::fs;
@@ -42,6 +42,19 @@ fn disk(folder: &Path) -> (DiskReader, Vec<u8>) {
     (repository.disk(&root), bytes)
 }
 
+type Restore = fn(&DiskReader, Target, &dyn Watch, &Cancel) -> Result<(), RestoreError>;
+
+fn restore(
+    how: Restore,
+    disk: &DiskReader,
+    path: &Path,
+    overwrite: bool,
+    watch: &dyn Watch,
+    cancel: &Cancel,
+) -> Result<(), RestoreError> {
+    how(disk, Target::claim(path, overwrite)?, watch, cancel)
+}
+
 #[test]
 fn a_disk_comes_back_as_raw_and_as_qcow2_and_nothing_lies_beside_it() {
     let folder = tempfile::tempdir().unwrap();
@@ -49,9 +62,9 @@ fn a_disk_comes_back_as_raw_and_as_qcow2_and_nothing_lies_beside_it() {
     let target = folder.path().join("target");
     fs::create_dir(&target).unwrap();
     let (raw, qcow2) = (target.join("a.raw"), target.join("a.qcow2"));
-    to_raw(&disk, &raw, false, &Unwatched, &Cancel::default()).unwrap();
+    restore(to_raw, &disk, &raw, false, &Unwatched, &Cancel::default()).unwrap();
     assert_eq!(fs::read(&raw).unwrap(), bytes);
-    to_qcow2(&disk, &qcow2, false, &Unwatched, &Cancel::default()).unwrap();
+    restore(to_qcow2, &disk, &qcow2, false, &Unwatched, &Cancel::default()).unwrap();
     let compare = ["compare", "-q", "-f", "raw", "-F", "qcow2"];
     let same = Command::new("qemu-img").args(compare).args([&raw, &qcow2]).status().unwrap();
     assert!(same.success(), "qcow2 holds other bytes than raw");
@@ -63,11 +76,11 @@ fn a_target_that_cannot_be_is_refused_before_anything_is_written() {
     let folder = tempfile::tempdir().unwrap();
     let there = folder.path().join("there.raw");
     fs::write(&there, "precious").unwrap();
-    assert!(matches!(check_target(&there, false), Err(RestoreError::Exists(_))));
-    assert!(matches!(check_target(folder.path(), true), Err(RestoreError::NotAFile(_))));
-    assert!(matches!(check_target(&folder.path().join("no/a.raw"), false), Err(RestoreError::NoFolder(_))));
-    check_target(&there, true).unwrap();
-    check_target(&folder.path().join("new.raw"), false).unwrap();
+    assert!(matches!(Target::claim(&there, false), Err(RestoreError::Exists(_))));
+    assert!(matches!(Target::claim(folder.path(), true), Err(RestoreError::NotAFile(_))));
+    assert!(matches!(Target::claim(&folder.path().join("no/a.raw"), false), Err(RestoreError::NoFolder(_))));
+    Target::claim(&there, true).map(drop).unwrap();
+    Target::claim(&folder.path().join("new.raw"), false).map(drop).unwrap();
     assert_eq!(fs::read(&there).unwrap(), b"precious");
 }
 
@@ -86,19 +99,19 @@ fn an_image_that_a_vm_has_open_is_never_replaced() {
         .unwrap();
     let end = Instant::now() + Duration::from_secs(30);
     let refused = loop {
-        let refused = matches!(check_target(&image, true), Err(RestoreError::InUse(_)));
+        let refused = matches!(Target::claim(&image, true), Err(RestoreError::InUse(_)));
         if refused || Instant::now() >= end {
             break refused;
         }
         std::thread::sleep(Duration::from_millis(50));
     };
-    let restored = to_raw(&disk, &image, true, &Unwatched, &Cancel::default());
+    let restored = restore(to_raw, &disk, &image, true, &Unwatched, &Cancel::default());
     vm.kill().unwrap();
     vm.wait().unwrap();
     assert!(refused, "QEMU's lock was not seen");
     assert!(matches!(restored, Err(RestoreError::InUse(_))), "{restored:?}");
     assert_eq!(fs::read(&image).unwrap(), vec![7; 1 << 20]);
-    to_raw(&disk, &image, true, &Unwatched, &Cancel::default()).expect("it is free again");
+    restore(to_raw, &disk, &image, true, &Unwatched, &Cancel::default()).expect("it is free again");
 }
 
 /// Does something once while a disk is written.
@@ -134,8 +147,8 @@ fn no_vm_can_be_started_on_an_image_that_is_being_replaced() {
     let attempt = std::sync::Mutex::new(None);
     let meanwhile = || *attempt.lock().unwrap() = Some(open());
     // What is only looked at beforehand, by path, must not let go of it.
-    check_target(&image, true).unwrap();
-    to_raw(&disk, &image, true, &Meanwhile(&meanwhile, Once::new()), &Cancel::default()).unwrap();
+    Target::claim(&image, true).map(drop).unwrap();
+    restore(to_raw, &disk, &image, true, &Meanwhile(&meanwhile, Once::new()), &Cancel::default()).unwrap();
     let (opened, said) = attempt.into_inner().unwrap().expect("it was tried");
     assert!(!opened && said.contains("lock"), "{said}");
     assert_eq!(fs::read(&image).unwrap(), bytes);
@@ -151,12 +164,13 @@ fn what_appears_at_a_target_while_the_disk_is_written_is_not_replaced() {
     let image = target.join("a.raw");
     let put = || fs::write(&image, "precious").unwrap();
     for overwrite in [false, true] {
-        let restored = to_raw(&disk, &image, overwrite, &Meanwhile(&put, Once::new()), &Cancel::default());
+        let restored =
+            restore(to_raw, &disk, &image, overwrite, &Meanwhile(&put, Once::new()), &Cancel::default());
         assert!(matches!(restored, Err(RestoreError::Exists(_))), "{restored:?}");
         assert_eq!((fs::read(&image).unwrap(), files(&target)), (b"precious".to_vec(), 1));
         fs::remove_file(&image).unwrap();
     }
-    let restored = to_qcow2(&disk, &image, false, &Meanwhile(&put, Once::new()), &Cancel::default());
+    let restored = restore(to_qcow2, &disk, &image, false, &Meanwhile(&put, Once::new()), &Cancel::default());
     assert!(matches!(restored, Err(RestoreError::Exists(_))), "{restored:?}");
     assert_eq!(fs::read(&image).unwrap(), b"precious");
 
@@ -165,7 +179,8 @@ fn what_appears_at_a_target_while_the_disk_is_written_is_not_replaced() {
         fs::write(target.join("new"), "of somebody else").unwrap();
         fs::rename(target.join("new"), &image).unwrap();
     };
-    let restored = to_raw(&disk, &image, true, &Meanwhile(&exchange, Once::new()), &Cancel::default());
+    let restored =
+        restore(to_raw, &disk, &image, true, &Meanwhile(&exchange, Once::new()), &Cancel::default());
     assert!(matches!(restored, Err(RestoreError::Changed(_))), "{restored:?}");
     assert_eq!((fs::read(&image).unwrap(), files(&target)), (b"of somebody else".to_vec(), 1));
 }
@@ -187,9 +202,9 @@ fn a_replaced_image_keeps_its_owner_and_mode() {
         fs::set_permissions(&image, fs::Permissions::from_mode(0o640)).unwrap();
         let before = fs::metadata(&image).unwrap();
         if qcow2 {
-            to_qcow2(&disk, &image, true, &Unwatched, &Cancel::default()).unwrap();
+            restore(to_qcow2, &disk, &image, true, &Unwatched, &Cancel::default()).unwrap();
         } else {
-            to_raw(&disk, &image, true, &Unwatched, &Cancel::default()).unwrap();
+            restore(to_raw, &disk, &image, true, &Unwatched, &Cancel::default()).unwrap();
             assert_eq!(fs::read(&image).unwrap(), bytes);
         }
         let after = fs::metadata(&image).unwrap();
@@ -199,6 +214,27 @@ fn a_replaced_image_keeps_its_owner_and_mode() {
     }
     // A new one is its maker's alone.
     let new = folder.path().join("new.raw");
-    to_raw(&disk, &new, false, &Unwatched, &Cancel::default()).unwrap();
+    restore(to_raw, &disk, &new, false, &Unwatched, &Cancel::default()).unwrap();
     assert_eq!(fs::metadata(&new).unwrap().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn a_target_is_held_from_the_claim_on_and_by_one_claim_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let (disk, bytes) = disk(folder.path());
+    let [one, two] = ["one.raw", "two.raw"].map(|name| folder.path().join(name));
+    for image in [&one, &two] {
+        fs::write(image, "old").unwrap();
+    }
+    let targets = [&one, &two].map(|image| Target::claim(image, true).unwrap());
+    // The same file by another name would be two disks in one place.
+    std::os::unix::fs::symlink(&two, folder.path().join("link")).unwrap();
+    assert!(matches!(Target::claim(&folder.path().join("link"), true), Err(RestoreError::InUse(_))));
+    let [first, second] = targets;
+    to_raw(&disk, first, &Unwatched, &Cancel::default()).unwrap();
+    // A VM that has both disks does not start yet.
+    assert!(matches!(Target::claim(&two, true), Err(RestoreError::InUse(_))));
+    to_raw(&disk, second, &Unwatched, &Cancel::default()).unwrap();
+    Target::claim(&two, true).map(drop).unwrap();
+    assert!([one, two].iter().all(|image| fs::read(image).unwrap() == bytes));
 }

@@ -7,7 +7,7 @@ use crate::escape::Plain;
 use crate::explain::{Exit, Explanation};
 use crate::progress::Bar;
 use crate::units::Bytes;
-use engine::restore::{RestoreError, check_target, to_qcow2, to_raw};
+use engine::restore::{RestoreError, Target, to_qcow2, to_raw};
 use engine::watch::{Cancel, Watch};
 use repository::Role;
 use serde_json::json;
@@ -34,7 +34,7 @@ pub(crate) fn run(global: &Global, wish: &RestoreArguments, cancel: &Cancel) -> 
                 "give one of these names",
             ));
         };
-        if chosen.iter().any(|(_, other)| *other == path) {
+        if chosen.iter().any(|(_, other, _)| *other == path) {
             return Err(Explanation::new(
                 Exit::Usage,
                 "nothing was restored",
@@ -42,20 +42,20 @@ pub(crate) fn run(global: &Global, wish: &RestoreArguments, cancel: &Cancel) -> 
                 "give each disk a path of its own",
             ));
         }
-        // All of them before the first is written: half a restore is worse than none.
-        check_target(&path, wish.overwrite).map_err(|error| explain(&part.name, &error))?;
-        chosen.push((part, path));
+        // All of them before the first is written, and held until they are: half a restore is worse than none.
+        let target = Target::claim(&path, wish.overwrite).map_err(|error| explain(&part.name, &error))?;
+        chosen.push((part, path, target));
     }
     let mut text = String::new();
     let mut rows = Vec::new();
-    for (part, path) in chosen {
+    for (part, path, target) in chosen {
         let bar = Bar::new(global.json);
         bar.step(&format!("restoring {}", Plain(&part.name)));
         let disk = repository.disk(&part.root);
         let word = if wish.format == Format::Raw { "raw" } else { "qcow2" };
         let restored = match wish.format {
-            Format::Raw => to_raw(&disk, &path, wish.overwrite, &bar, cancel),
-            Format::Qcow2 => to_qcow2(&disk, &path, wish.overwrite, &bar, cancel),
+            Format::Raw => to_raw(&disk, target, &bar, cancel),
+            Format::Qcow2 => to_qcow2(&disk, target, &bar, cancel),
         };
         drop(bar);
         restored.map_err(|error| explain(&part.name, &error))?;
