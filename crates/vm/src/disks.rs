@@ -21,6 +21,8 @@ pub struct DeviceFacts {
     pub pci: Option<String>,
     /// Its requests are served by an I/O thread.
     pub io_thread: bool,
+    /// It hands SCSI commands of the guest's own choice to the host's device: `scsi=on` of an old virtio-blk.
+    pub scsi_commands: bool,
 }
 
 /// How the guest reaches a disk.
@@ -67,6 +69,9 @@ pub struct Disk {
     /// Its requests are served by an I/O thread, which a point does not allow in every QEMU.
     #[serde(default)]
     pub io_thread: bool,
+    /// Its writes do not all go through QEMU's block layer, so while the VM runs it cannot be cut: see [`passes_through`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub passthrough: bool,
     /// The images that it is made of, the one that the guest writes first: how to read it while the VM is shut off.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<Layer>,
@@ -152,6 +157,7 @@ pub fn decide(devices: &[Device], facts: &BTreeMap<String, DeviceFacts>) -> Driv
                 bus: bus(&facts.kind),
                 keeps_bitmaps: node.drv == "qcow2" && node.image.keeps_bitmaps(),
                 io_thread: facts.io_thread,
+                passthrough: passes_through(facts),
                 layers: layers(&node.image),
             }),
             Err(why) => drives.left_out.push(LeftOut { name, why }),
@@ -183,6 +189,15 @@ fn judge<'a>(
     Ok((node, facts))
 }
 
+/// Whether a device hands the guest's commands to the host's own device as they are, by the ioctl `SG_IO`.
+///
+/// No dirty bitmap sees such a write, and QEMU's filters carry no ioctl: with one in place the guest's I/O would fail.
+/// These are all that call `blk_aio_ioctl` or `blk_ioctl`; every other device, known to us or not, reads and writes through the
+/// block layer. Source: QEMU 7.2 and 10.0, `hw/scsi/scsi-disk.c`, `hw/scsi/scsi-generic.c`, `hw/block/virtio-blk.c`.
+fn passes_through(facts: &DeviceFacts) -> bool {
+    matches!(facts.kind.as_str(), "scsi-block" | "scsi-generic") || facts.scsi_commands
+}
+
 /// A chain of images, top first. An image without a file name (a node that is no image) ends it.
 fn layers(top: &Image) -> Vec<Layer> {
     let chain = std::iter::successors(Some(top), |image| image.backing_image.as_deref());
@@ -197,7 +212,7 @@ fn layers(top: &Image) -> Vec<Layer> {
 fn bus(kind: &str) -> Bus {
     match kind {
         "virtio-blk-device" => Bus::VirtioBlk,
-        "scsi-hd" | "scsi-block" => Bus::Scsi,
+        "scsi-hd" | "scsi-block" | "scsi-generic" => Bus::Scsi,
         "ide-hd" => Bus::Ide,
         "nvme" | "nvme-ns" => Bus::Nvme,
         _ => Bus::Other,
@@ -307,7 +322,13 @@ mod tests {
             let path = device_path(&qdev);
             Some((
                 qdev,
-                DeviceFacts { path, kind: (*kind).into(), serial: (*serial).into(), pci, io_thread: false },
+                DeviceFacts {
+                    path,
+                    kind: (*kind).into(),
+                    serial: (*serial).into(),
+                    pci,
+                    ..DeviceFacts::default()
+                },
             ))
         });
         let facts = facts.collect();
@@ -466,6 +487,33 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_hands_the_guests_commands_to_the_hosts_device_is_known_and_no_other_is() {
+        let passes = |kind: &str, scsi_commands| {
+            passes_through(&DeviceFacts { kind: kind.into(), scsi_commands, ..DeviceFacts::default() })
+        };
+        for kind in ["scsi-block", "scsi-generic"] {
+            assert!(passes(kind, false), "{kind}");
+        }
+        assert!(passes("virtio-blk-device", true), "scsi=on");
+        for kind in [
+            "virtio-blk-device",
+            "scsi-hd",
+            "ide-hd",
+            "nvme",
+            "nvme-ns",
+            "usb-storage",
+            "sd-card",
+            "xen-disk",
+        ] {
+            assert!(!passes(kind, false), "{kind}");
+        }
+        let taped = device("", Some("tape"), false, Some(node("sg", "host_device", false)));
+        let facts = DeviceFacts { kind: "scsi-generic".into(), ..DeviceFacts::default() };
+        let drives = decide(&[taped], &BTreeMap::from([("tape".to_owned(), facts)]));
+        assert!(drives.disks[0].passthrough, "{drives:?}");
+    }
+
+    #[test]
     fn only_a_bitmap_that_recorded_without_a_break_is_a_base() {
         let disk = Disk {
             name: "d".into(),
@@ -479,6 +527,7 @@ mod tests {
             bus: Bus::Scsi,
             keeps_bitmaps: true,
             io_thread: false,
+            passthrough: false,
             layers: Vec::new(),
         };
         let good = Bitmap {

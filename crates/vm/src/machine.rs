@@ -188,6 +188,15 @@ fn text(monitor: &mut Monitor, path: &str, property: &str) -> Result<String, Mon
     }
 }
 
+/// A property that is on; false if there is no such property.
+fn flag(monitor: &mut Monitor, path: &str, property: &str) -> Result<bool, MonitorError> {
+    match monitor.run(&QomGet { path: path.to_owned(), property: property.to_owned() }) {
+        Ok(value) => Ok(value == Value::Bool(true)),
+        Err(MonitorError::Failed { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 fn device_facts(monitor: &mut Monitor, buses: &[pci::Bus], qdev: &str) -> Result<DeviceFacts, MonitorError> {
     let path = disks::device_path(qdev);
     let properties = properties(monitor, &path)?;
@@ -195,7 +204,8 @@ fn device_facts(monitor: &mut Monitor, buses: &[pci::Bus], qdev: &str) -> Result
     let kind = text(monitor, &path, "type")?;
     let serial = if has("serial") { text(monitor, &path, "serial")? } else { String::new() };
     let carrier = carrier(monitor, buses, &path)?;
-    Ok(DeviceFacts { path, kind, serial, pci: carrier.pci, io_thread: carrier.io_thread })
+    let scsi_commands = has("scsi") && flag(monitor, &path, "scsi")?;
+    Ok(DeviceFacts { path, kind, serial, pci: carrier.pci, io_thread: carrier.io_thread, scsi_commands })
 }
 
 fn properties(monitor: &mut Monitor, path: &str) -> Result<BTreeSet<String>, MonitorError> {

@@ -625,6 +625,27 @@ fn a_disk_in_an_io_thread_is_refused_where_its_reader_could_take_qemu_down() {
 }
 
 #[test]
+fn a_disk_whose_commands_go_past_the_block_layer_is_refused_before_anything_is_put_in_its_way() {
+    let help = run(Command::new("qemu-system-x86_64").args(["-device", "virtio-blk-pci,help"]));
+    if !help.contains("scsi=") {
+        println!("SKIPPED: this QEMU's virtio-blk has no scsi=on, and scsi-block needs a real device");
+        return;
+    }
+    let mut arguments = PLAIN.to_vec();
+    arguments[3] = "virtio-blk-pci,drive=a,id=vd0,serial=A,scsi=on,disable-modern=on";
+    let mut qemu = Qemu::start(images, &arguments);
+    let mut monitor = qemu.monitor();
+    let found = disks(&mut monitor);
+    assert_eq!(found.iter().map(|disk| disk.passthrough).collect::<Vec<_>>(), [true, false], "{found:#?}");
+    let before = state(&mut monitor);
+    let plan = both(&qemu, &mut monitor, "s1", None, false);
+    let error = point::prepare(&mut monitor, &plan).unwrap_err();
+    assert!(matches!(&error, PointError::Passthrough(disk) if disk == "vd0"), "{error}");
+    assert_eq!(state(&mut monitor), before);
+    assert!(!plan.folder.exists());
+}
+
+#[test]
 fn scratch_files_are_private_and_gone_afterwards() {
     use std::os::unix::fs::PermissionsExt;
     let (qemu, mut monitor) = running();

@@ -208,6 +208,11 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
             Exit::Failed,
             "use QEMU 9 or later, attach the disk without an I/O thread, or leave it out with --disk",
         ),
+        SnapshotError::Point(PointError::Passthrough(_)) => plain(
+            Exit::Failed,
+            "attach the disk as scsi-hd, or to a virtio-blk without scsi=on; or name the other disks with --disk; or shut the VM off, \
+             and take it then",
+        ),
         SnapshotError::Point(PointError::Step(step)) if step.is_out_of_space() => plain(
             Exit::Failed,
             "make room in the state folder, or give another with --state, and try again; the VM was not disturbed",

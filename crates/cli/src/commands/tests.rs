@@ -43,6 +43,7 @@ fn a_snapshot_that_was_not_taken_says_why_and_what_to_do() {
         SnapshotError::NoDisk,
         SnapshotError::Point(PointError::Unsupported("snapshot-access")),
         SnapshotError::Point(PointError::IoThread("data".to_owned())),
+        SnapshotError::Point(PointError::Passthrough("data".to_owned())),
         SnapshotError::Point(PointError::Paused(MonitorError::Io(ErrorKind::BrokenPipe.into()))),
         SnapshotError::Freeze { cause: "the agent failed stillpoint-freeze: busy".to_owned(), thawed: true },
         SnapshotError::Freeze {

@@ -24,6 +24,14 @@ pub enum PointError {
         "disk {0} is served by an I/O thread, and this QEMU could die when the reader of its snapshot disconnects"
     )]
     IoThread(String),
+    /// The guest's commands go to the host's device past QEMU's block layer: see [`Disk::passthrough`].
+    ///
+    /// [`Disk::passthrough`]: crate::disks::Disk::passthrough
+    #[error(
+        "disk {0} passes the guest's SCSI commands through to the host's device, so QEMU can neither hold its writes back nor \
+         see them all"
+    )]
+    Passthrough(String),
     /// The VM has migrated since the preparation, or does now: its disks are another QEMU's.
     #[error(transparent)]
     Away(Away),
@@ -76,6 +84,10 @@ pub struct Cut {
 /// # Errors
 /// See [`PointError`]; call [`release`](crate::point::release) then.
 pub fn prepare<'p>(monitor: &mut Monitor, plan: &'p Plan) -> Result<Prepared<'p>, PointError> {
+    // First of all: once a filter is in place, such a guest's I/O would fail.
+    if let Some(disk) = plan.disks.iter().find(|disk| disk.disk.passthrough) {
+        return Err(PointError::Passthrough(disk.disk.name.clone()));
+    }
     if let Some(disk) = plan.disks.iter().find(|disk| disk.disk.io_thread)
         && !reads_beside_io_threads(monitor)?
     {

@@ -346,6 +346,7 @@ pub(super) mod tests {
             bus: Bus::VirtioBlk,
             keeps_bitmaps,
             io_thread: false,
+            passthrough: false,
             layers: Vec::new(),
         }
     }
