@@ -24,14 +24,12 @@ use snapshot::conduct::{Ended, Hands, Kept, conduct};
 use snapshot::receipt::{Point, Receipt};
 use snapshot::run::Action;
 use snapshot::{Request, Verdict};
-use std::io;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use vm::machine;
 use vm::monitor::{Monitor, MonitorError};
 use vm::point::{self, Outcome, Plan, Prepared, UndoError};
-use vm::unix::Peer;
+use vm::unix::{Peer, nobody_listens};
 
 /// How long QEMU may take to end after it closed its monitor, and between two looks at that.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
@@ -281,13 +279,10 @@ impl Carrier<'_> {
     /// Whether the VM has ended: nobody listens at its monitor's socket any more, and who made it is gone. One that closed
     /// its monitor is given a moment for it.
     fn ended(&self) -> bool {
-        let gone = |kind| matches!(kind, io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
         let patience = Instant::now() + if self.hung_up { END_TIMEOUT } else { Duration::ZERO };
         loop {
             // Either alone may mislead: the socket's file may be removed, and a process may have made it for another.
-            if UnixStream::connect(&self.qmp).is_err_and(|error| gone(error.kind()))
-                && self.monitor.peer().is_none_or(Peer::has_ended)
-            {
+            if nobody_listens(&self.qmp) && self.monitor.peer().is_none_or(Peer::has_ended) {
                 return true;
             }
             if Instant::now() >= patience {

@@ -33,6 +33,14 @@ pub fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     }
 }
 
+/// Whether nobody listens at a socket, or there is none. Does not wait: one whose queue is full is alive, only busy.
+///
+/// Any other failure to connect (no permission, no descriptors left) says nothing about the listener, and counts as one.
+pub fn nobody_listens(path: &Path) -> bool {
+    let gone = |kind| matches!(kind, io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
+    connect(path, Instant::now()).is_err_and(|error| gone(error.kind()))
+}
+
 /// Time left until the deadline; `TimedOut` if none is.
 ///
 /// # Errors
@@ -81,5 +89,29 @@ impl Peer {
             stat.rsplit_once(')')
                 .is_some_and(|(_, rest)| matches!(rest.trim_start().chars().next(), Some('Z' | 'X')))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{bind, listen, socket};
+
+    #[test]
+    fn a_server_whose_queue_is_full_is_alive_and_holds_nobody_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        assert!(nobody_listens(&path), "there is none");
+        let server = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        bind(&server, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        listen(&server, 1).unwrap();
+        let queue: Vec<UnixStream> =
+            std::iter::from_fn(|| connect(&path, Instant::now()).ok()).take(64).collect();
+        let began = Instant::now();
+        let refused = connect(&path, began + Duration::from_millis(100)).unwrap_err();
+        assert!(queue.len() < 64 && is_timeout(&refused), "{refused}");
+        assert!(!nobody_listens(&path) && began.elapsed() < Duration::from_secs(10));
+        drop(server);
+        assert!(nobody_listens(&path), "its file is still there");
     }
 }

@@ -4,6 +4,7 @@ use crate::monitor::{Monitor, MonitorError};
 use crate::point::plan::{DiskPlan, Plan};
 use crate::point::settle::settled;
 use crate::point::steps::{Step, StepError};
+use crate::unix;
 use qmp::bitmap::{Bitmap, BlockDirtyBitmapEnable, BlockDirtyBitmapMerge, BlockDirtyBitmapRemove};
 use qmp::block::{Device, Node, QueryBlock, QueryNamedBlockNodes};
 use qmp::export::{BitmapReference, Export, QueryBlockExports};
@@ -11,9 +12,8 @@ use qmp::job::{Job, QueryJobs};
 use qmp::machine::{QueryStatus, Status};
 use qmp::transaction::Action;
 use serde::{Deserialize, Serialize};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// How often what is there is looked at again until nothing of ours is left.
 const ROUNDS_MAX: u32 = 5;
@@ -170,10 +170,15 @@ pub fn look(monitor: &mut Monitor, plan: &Plan) -> Result<Facts, MonitorError> {
         exports: monitor.run(&QueryBlockExports {})?,
         jobs: monitor.run(&QueryJobs {})?,
         status: monitor.run(&QueryStatus {})?,
-        server_listens: UnixStream::connect(&plan.socket).is_ok(),
+        server_listens: listens(&plan.socket),
         files: files(plan).into_iter().filter(|path| path.symlink_metadata().is_ok()).collect(),
         folder: plan.folder.is_dir(),
     })
+}
+
+/// Whether somebody listens; whoever is too busy to let us in does.
+fn listens(socket: &Path) -> bool {
+    unix::connect(socket, Instant::now()).map_or_else(|error| unix::is_timeout(&error), |_| true)
 }
 
 fn files(plan: &Plan) -> Vec<PathBuf> {

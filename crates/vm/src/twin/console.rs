@@ -1,5 +1,6 @@
 //! The end of what a twin's guest writes to its serial console, kept in memory.
 
+use crate::unix;
 use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::net::Shutdown;
@@ -7,9 +8,12 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// How much of the console is kept, in bytes.
 const TAIL_BYTES_MAX: usize = 64 << 10;
+/// How long QEMU, which listens already, may take to let us in.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Reads the console until the twin ends or this is dropped.
 #[derive(Debug, Default)]
@@ -25,7 +29,7 @@ impl Console {
 
     /// Begins to read.
     pub(super) fn follow(&mut self, socket: &Path) -> io::Result<()> {
-        let stream = UnixStream::connect(socket)?;
+        let stream = unix::connect(socket, Instant::now() + CONNECT_TIMEOUT)?;
         let mut reading = stream.try_clone()?;
         let tail = Arc::clone(&self.tail);
         let thread = std::thread::Builder::new().name("console".to_owned()).spawn(move || {
