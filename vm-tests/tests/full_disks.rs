@@ -5,7 +5,8 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use vm_tests::{BlockGraph, Ended, Guest, Running, Stillpoint, until, writing_guest};
+use vm_tests::bare::{fill, image};
+use vm_tests::{Bare, BareDisk, BlockGraph, Ended, Guest, Running, Stillpoint, until, writing_guest};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -178,6 +179,84 @@ fn whatever_write_the_host_has_no_room_for_nothing_is_lost_and_the_next_run_work
     host.stillpoint.assert_sound(host.snapshots);
 }
 
+#[test]
+fn scratch_beside_the_vms_own_images_leaves_them_room_to_grow() {
+    assert!(rustix::process::geteuid().is_root(), "this test mounts small file systems, which takes root");
+    let elsewhere = Stillpoint::with_key_file().expect("a repository");
+    let beside = elsewhere.path("beside");
+    std::fs::create_dir(&beside).expect("a folder");
+    let small = Small::over(&beside, "1g");
+    let stillpoint = elsewhere.other_host("beside/state");
+    let (scratch, journal) = (stillpoint.state().join("scratch"), stillpoint.state().join("journal"));
+    let disks = ["slow", "full", "sparse"].map(|name| {
+        image(&beside, name, "raw", "32M");
+        BareDisk::new(name, &beside.join(name).display().to_string(), "raw")
+    });
+    fill(&beside, "slow", "raw", 0x11, 0, 12 << 20);
+    fill(&beside, "full", "raw", 0x22, 0, 32 << 20);
+    let [slow, full, sparse] = disks;
+    let bare = Bare::start(Bare::folder(), &[slow.slow(), full, sparse], &[]);
+    stillpoint.register("vm", &bare.qmp_socket(), None).expect("registered");
+    let graph = || BlockGraph::of(&bare.second_qmp_socket()).expect("it answers");
+    let before = graph();
+    let nothing_is_left = || {
+        assert_eq!(graph(), before);
+        for folder in [&scratch, &journal] {
+            assert_eq!(std::fs::read_dir(folder).expect("a folder").count(), 0, "{}", folder.display());
+        }
+        bare.write("sparse", 0x33, 0, 64 << 10);
+    };
+
+    println!("-- too little is free to begin");
+    small.leave(1 << 20);
+    let ended = stillpoint.run(&["snapshot", "vm"]).expect("it ends");
+    println!("{}", ended.stderr.trim_end());
+    ended.assert_refused(1, "must stay free");
+    nothing_is_left();
+
+    println!("-- it is used up while the copy runs");
+    small.leave(10 << 20);
+    let reserve_bytes = small.facts().f_blocks * small.facts().f_frsize / 20;
+    let run = stillpoint.start(&["snapshot", "vm"]).expect("it starts");
+    let mut run = stopped_in_the_copy(run, &scratch);
+    let mut written = 0;
+    while small.free_bytes() >= reserve_bytes {
+        bare.write("full", 0x44, written, 256 << 10);
+        written += 256 << 10;
+    }
+    assert!(small.free_bytes() > reserve_bytes / 2 && !run.has_ended(), "nobody has looked yet");
+    run.signal(Signal::CONT);
+    // Twice as long as between two looks; then the reads that are under way may end.
+    std::thread::sleep(Duration::from_millis(500));
+    bare.unthrottle();
+    let ended = run.wait().expect("it ends");
+    println!("{}", ended.stderr.trim_end());
+    ended.assert_refused(1, "must stay free");
+    nothing_is_left();
+
+    println!("-- scratch elsewhere is in nobody's way");
+    small.leave(1 << 20);
+    elsewhere.register("vm", &bare.qmp_socket(), None).expect("registered");
+    elsewhere.must(&["snapshot", "vm"]);
+    small.grow();
+    stillpoint.must(&["snapshot", "vm"]);
+    stillpoint.assert_sound(2);
+}
+
+/// A run that reads the disks, and is stopped (as SIGSTOP does) so that it stays there.
+fn stopped_in_the_copy(mut run: Running, scratch: &Path) -> Running {
+    let copying = || {
+        // Listening, and both ends of one connection: QEMU itself is not asked, as the cut is under way.
+        let sockets = std::fs::read_to_string("/proc/net/unix").expect("the kernel's list");
+        let folder = scratch.to_string_lossy().into_owned();
+        sockets.lines().filter(|line| line.contains(&folder) && line.ends_with("/nbd")).count() >= 2
+    };
+    until("the copy", || run.has_ended() || copying());
+    run.signal(Signal::STOP);
+    assert!(!run.has_ended() && copying(), "the copy was over before it was seen");
+    run
+}
+
 /// What the guest's overwriter writes to, in place.
 const MUCH: &str = "/var/lib/postgresql/much";
 
@@ -279,19 +358,10 @@ impl Host {
             .success();
     }
 
-    /// A run that reads the disks, and is stopped (as SIGSTOP does) so that it stays there.
+    /// See [`stopped_in_the_copy`].
     fn in_the_copy(&self) -> Running {
-        let mut run = self.stillpoint.start(&["snapshot", "db1", "--disk", "disk-data"]).expect("it starts");
-        let copying = || {
-            // Listening, and both ends of one connection: QEMU itself is not asked, as the cut is under way.
-            let sockets = std::fs::read_to_string("/proc/net/unix").expect("the kernel's list");
-            let folder = self.scratch().to_string_lossy().into_owned();
-            sockets.lines().filter(|line| line.contains(&folder) && line.ends_with("/nbd")).count() >= 2
-        };
-        until("the copy", || run.has_ended() || copying());
-        run.signal(Signal::STOP);
-        assert!(!run.has_ended() && copying(), "the copy was over before it was seen");
-        run
+        let run = self.stillpoint.start(&["snapshot", "db1", "--disk", "disk-data"]).expect("it starts");
+        stopped_in_the_copy(run, &self.scratch())
     }
 }
 

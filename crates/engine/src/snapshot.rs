@@ -12,12 +12,13 @@ pub use error::SnapshotError;
 
 use crate::guest::Guest;
 use crate::journal::{Journal, Note};
-use crate::register::{Register, VmEntry, VmLock};
+use crate::register::{Register, RegisterError, VmEntry, VmLock};
 use crate::seen::Seen;
 use crate::watch::{Cancel, Watch};
 use crate::{claim, definition, fresh_id, now_ms};
 use archive::Archive;
 use facts::Facts;
+use qmp::block::Node;
 use qmp::machine::QueryStatus;
 use repository::{Manifest, Repository, SnapshotId, Writer};
 use snapshot::conduct::{Ended, Hands, Kept, conduct};
@@ -28,7 +29,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use vm::machine;
 use vm::monitor::{Monitor, MonitorError};
-use vm::point::{self, Outcome, Plan, Prepared, UndoError};
+use vm::point::{self, Outcome, Plan, Prepared, Reserve, UndoError};
 use vm::unix::{Peer, nobody_listens};
 
 /// How long QEMU may take to end after it closed its monitor, and between two looks at that.
@@ -90,7 +91,7 @@ pub fn take(
             return Err(error);
         }
     };
-    let Known { facts, writer, definition, plan, receipt, guest } = known;
+    let Known { facts, writer, definition, plan, reserve, receipt, guest } = known;
     let can_freeze = guest.can_freeze();
     // A copy, because `Prepared` borrows it while the other goes on changing.
     let planned = plan.clone();
@@ -108,6 +109,7 @@ pub fn take(
         plan,
         planned: planned.as_ref(),
         prepared: None,
+        reserve,
         left: None,
         _lock: claimed.lock,
     };
@@ -123,6 +125,7 @@ struct Known {
     writer: Writer,
     definition: definition::Kept,
     plan: Option<Plan>,
+    reserve: Option<Reserve>,
     receipt: Receipt,
     guest: Guest,
 }
@@ -139,7 +142,9 @@ fn know(
     // Only a snapshot of the VM while it is shut off would lack it.
     let _kept = seen.keep(register, &entry.name);
     let wanted = facts::wanted(&seen.drives, request)?;
-    let facts = Facts::choose(&seen.drives, wanted, &machine::nodes(monitor)?, repository, request)?;
+    let nodes = machine::nodes(monitor)?;
+    let facts = Facts::choose(&seen.drives, wanted, &nodes, repository, request)?;
+    let reserve = if facts.wanted.is_empty() { None } else { reserve(register, &nodes, monitor)? };
     let writer = repository.begin()?;
     let definition = definition::keep(&seen.definition, &writer)?;
     let running = monitor.run(&QueryStatus {})?.running;
@@ -147,7 +152,16 @@ fn know(
     let mut receipt = facts.receipt(request, run);
     receipt.reasons.extend(definition.reasons.iter().cloned());
     let guest = Guest::find(entry, request, monitor, &mut receipt);
-    Ok(Known { facts, writer, definition, plan, receipt, guest })
+    Ok(Known { facts, writer, definition, plan, reserve, receipt, guest })
+}
+
+/// What scratch must leave free for the VM's own images, if they share its file system.
+fn reserve(register: &Register, nodes: &[Node], monitor: &Monitor) -> Result<Option<Reserve>, SnapshotError> {
+    let folder = register.scratch();
+    let reserve = Reserve::of(&folder, &machine::written_files(nodes, monitor.peer()))
+        .map_err(|source| RegisterError::Io { path: folder, source })?;
+    reserve.iter().try_for_each(Reserve::look)?;
+    Ok(reserve)
 }
 
 /// Carries one run out.
@@ -167,6 +181,8 @@ struct Carrier<'a> {
     planned: Option<&'a Plan>,
     /// Until the cut.
     prepared: Option<Prepared<'a>>,
+    /// Where scratch could take the room of the VM's own images.
+    reserve: Option<Reserve>,
     left: Option<String>,
     _lock: VmLock,
 }
@@ -237,7 +253,16 @@ impl Hands for Carrier<'_> {
         let Some(plan) = &self.plan else { return Ok(()) };
         let exports = point::export(&mut self.monitor, plan)?;
         let bitmaps: Vec<_> = plan.disks.iter().map(|disk| Some(&disk.bitmap[..])).collect();
-        self.archive.store(&plan.socket, &exports, &bitmaps, receipt)
+        let (mut short, mut broken) = (None, false);
+        let stored = self.archive.store(&plan.socket, &exports, &bitmaps, receipt, || {
+            let looked = self.reserve.as_ref().map_or(Ok(()), Reserve::look);
+            short = short.take().or(looked.err());
+            // Not the copy is stopped, which may hang in the store, but what makes scratch grow; the copy ends with its export.
+            // Where that fails it is tried again, here and at the end of the run.
+            broken = broken
+                || short.is_some() && point::release(&mut self.monitor, plan, Outcome::Dropped).is_ok();
+        });
+        short.map_or(stored, |short| Err(short.into()))
     }
 
     fn seal(&mut self, receipt: &Receipt, verdict: &Verdict) -> Result<(), SnapshotError> {

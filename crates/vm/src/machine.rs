@@ -10,6 +10,7 @@ use qmp::qom::{QomGet, QomList};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 /// Deepest object path that is climbed in search of a PCI device.
 const CLIMB_MAX: usize = 16;
@@ -111,6 +112,12 @@ fn absolute(file: &str, qemu: Option<Peer>) -> String {
     let folder = qemu.and_then(|qemu| std::fs::read_link(format!("/proc/{}/cwd", qemu.pid)).ok());
     let found = folder.map(|folder| folder.join(file)).filter(|path| path.is_file());
     found.and_then(|path| path.to_str().map(str::to_owned)).unwrap_or_else(|| file.to_owned())
+}
+
+/// The files that a VM may write to, of all that it has open.
+pub fn written_files(nodes: &[Node], qemu: Option<Peer>) -> Vec<PathBuf> {
+    let files = nodes.iter().filter(|node| node.drv == "file" && !node.ro);
+    files.map(|node| absolute(&node.file, qemu).into()).collect()
 }
 
 /// Asks for every node of the block graph.

@@ -199,6 +199,10 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
             Exit::NotFound,
             &format!("see `stillpoint vm show {vm}` for its disks, and why others do not count"),
         ),
+        SnapshotError::Short(_) => plain(
+            Exit::Failed,
+            "make room there, or give a state folder on another file system with --state, and try again; the VM was not disturbed",
+        ),
         SnapshotError::Plan(_) => plain(Exit::Usage, "give another state folder with --state"),
         SnapshotError::Point(PointError::Paused(_)) => {
             plain(Exit::Failed, "let the VM run, with `cont` in QEMU's monitor; its disks are sound")

@@ -4,7 +4,7 @@ use super::*;
 use ::snapshot::{Level, Reason, Request};
 use ::vm::monitor::MonitorError;
 use ::vm::nbd_client::NbdClientError;
-use ::vm::point::{Away, PointError};
+use ::vm::point::{Away, PointError, Short};
 use engine::CopyError;
 use engine::boot::BootError;
 use engine::restore::RestoreError;
@@ -41,6 +41,11 @@ fn a_snapshot_that_was_not_taken_says_why_and_what_to_do() {
         SnapshotError::Ended("the NBD server closed the connection".to_owned()),
         SnapshotError::NoSuchDisk { disk: "dat".to_owned(), known: "root, data".to_owned() },
         SnapshotError::NoDisk,
+        SnapshotError::Short(Short {
+            folder: "/var/lib/stillpoint/scratch".into(),
+            free_bytes: 700 << 20,
+            reserve_bytes: 1 << 30,
+        }),
         SnapshotError::Point(PointError::Unsupported("snapshot-access")),
         SnapshotError::Point(PointError::IoThread("data".to_owned())),
         SnapshotError::Point(PointError::Passthrough("data".to_owned())),

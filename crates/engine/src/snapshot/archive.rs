@@ -10,7 +10,9 @@ use repository::{Manifest, Part, Role, SnapshotId, Writer};
 use snapshot::receipt::{CopyEvidence, CopyMethod, Receipt};
 use snapshot::{Request, Verdict};
 use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use vm::point::DiskExport;
+use vm::point::reserve::LOOK;
 
 /// What will be a snapshot.
 pub(super) struct Archive<'a> {
@@ -54,19 +56,30 @@ impl<'a> Archive<'a> {
     /// Reads and stores the wanted disks, each by its export, and notes how in the receipt. `bitmaps` are those that
     /// begin with this snapshot.
     ///
-    /// Gives way meanwhile: applications that have just been thawed need the processors more than a snapshot does.
+    /// Gives way meanwhile: applications that have just been thawed need the processors more than a snapshot does. `meanwhile`
+    /// is called at once and then every [`LOOK`] until all is over.
     pub(super) fn store(
         &mut self,
         socket: &Path,
         exports: &[DiskExport],
         bitmaps: &[Option<&str>],
         receipt: &mut Receipt,
+        mut meanwhile: impl FnMut(),
     ) -> Result<(), SnapshotError> {
+        let (stores, ended) = mpsc::channel::<()>();
         std::thread::scope(|scope| {
-            let storing = scope.spawn(|| {
+            let storing = scope.spawn(move || {
+                // Dropped at the end, whatever the end is.
+                let _stores = stores;
                 repository::give_way();
                 self.store_all(socket, exports, bitmaps, receipt)
             });
+            loop {
+                meanwhile();
+                if ended.recv_timeout(LOOK) != Err(RecvTimeoutError::Timeout) {
+                    break;
+                }
+            }
             storing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }

@@ -6,7 +6,7 @@ use snapshot::conduct::Failure;
 use snapshot::{Level, Reason};
 use vm::at_rest::AtRestError;
 use vm::monitor::MonitorError;
-use vm::point::{Away, PlanError, PointError, UndoError};
+use vm::point::{Away, PlanError, PointError, Short, UndoError};
 use vm::untouched::Touched;
 
 /// Why there is no snapshot.
@@ -61,6 +61,9 @@ pub enum SnapshotError {
     /// The names do not fit.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// Scratch would take the room of the VM's own images.
+    #[error(transparent)]
+    Short(#[from] Short),
     /// QEMU could not cut the disks.
     #[error("QEMU could not cut the disks: {0}")]
     Point(#[from] PointError),

@@ -188,7 +188,7 @@ impl Hands for Resting<'_> {
         let exports = images.serve(wanted.iter().map(|wanted| (&wanted.disk, wanted.base.as_deref())))?;
         // No bitmap begins here: that would take writing to the images.
         let bitmaps = vec![None; exports.len()];
-        let stored = self.archive.store(&images.socket(), &exports, &bitmaps, receipt);
+        let stored = self.archive.store(&images.socket(), &exports, &bitmaps, receipt, || ());
         // A start explains whatever went wrong, and makes void whatever did not.
         self.still()?;
         stored

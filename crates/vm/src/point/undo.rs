@@ -446,6 +446,13 @@ mod tests {
         let access = plan().disks[0].access_node.clone();
         facts.nodes.retain(|node| node.node_name.as_ref() != Some(&access));
         assert_eq!(show(&facts, Outcome::Dropped)[0], "Resume");
+        // QEMU stopped it, on a full disk, say: to let it go on is its owner's decision.
+        facts.status.status = "io-error".into();
+        assert!(
+            !show(&facts, Outcome::Dropped).iter().any(|step| step == "Resume"),
+            "not stopped by the cut"
+        );
+        facts.status.status = "paused".into();
         let began_paused = Plan { running: false, ..plan() };
         let steps = steps(&began_paused, &facts, Outcome::Dropped);
         assert!(!steps.iter().any(|step| matches!(step, Step::Resume)), "its owner paused it before the cut");
