@@ -4,6 +4,7 @@
 use crate::process::spawn;
 use serde_json::{Value, json};
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -65,7 +66,26 @@ impl Bare {
     /// If it does not start.
     #[must_use]
     pub fn start(folder: tempfile::TempDir, disks: &[BareDisk], more: &[&str]) -> Self {
+        Self::start_by(Command::new("qemu-system-x86_64"), folder, disks, more)
+    }
+
+    /// The same as another user, to whom the folder is given with all that is in it.
+    ///
+    /// # Panics
+    /// If it does not start, as it does not without root.
+    #[must_use]
+    pub fn start_as(user: u32, folder: tempfile::TempDir, disks: &[BareDisk], more: &[&str]) -> Self {
+        let inside =
+            std::fs::read_dir(folder.path()).expect("a folder").map(|entry| entry.expect("an entry").path());
+        for path in inside.chain([folder.path().to_owned()]) {
+            std::os::unix::fs::chown(&path, Some(user), Some(user)).expect("root may");
+        }
         let mut command = Command::new("qemu-system-x86_64");
+        command.uid(user).gid(user);
+        Self::start_by(command, folder, disks, more)
+    }
+
+    fn start_by(mut command: Command, folder: tempfile::TempDir, disks: &[BareDisk], more: &[&str]) -> Self {
         command
             .current_dir(folder.path())
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc", "-m", "64"])

@@ -7,7 +7,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// Longest VM name, in bytes: it becomes a file name.
@@ -74,7 +74,8 @@ pub struct VmLock {
 }
 
 impl Register {
-    /// Opens the state folder, making it (0700) if there is none.
+    /// Opens the state folder, making it if there is none. What is in it is 0700. Root's state folder itself and its `scratch` let
+    /// others pass (0711), since a QEMU of another user has to reach its own folder there; they can list nothing.
     ///
     /// # Errors
     /// `Io` if it cannot be made.
@@ -82,7 +83,13 @@ impl Register {
         for part in ["vms", "seen", "journal", "scratch"] {
             make_private(&folder.join(part))?;
         }
-        Ok(Self { folder: folder.to_owned() })
+        let register = Self { folder: folder.to_owned() };
+        // Nobody but root could give another user's QEMU anything there.
+        if rustix::process::geteuid().is_root() {
+            let_pass(&register.folder)?;
+            let_pass(&register.scratch())?;
+        }
+        Ok(register)
     }
 
     /// The state folder itself.
@@ -214,6 +221,17 @@ pub(crate) fn make_private(path: &Path) -> Result<(), RegisterError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)
 }
 
+/// Lets others pass through a folder of ours, and do nothing else that they could not do before.
+fn let_pass(path: &Path) -> Result<(), RegisterError> {
+    let io = |source| RegisterError::Io { path: path.to_owned(), source };
+    let facts = fs::metadata(path).map_err(io)?;
+    let mode = facts.mode() & 0o7777;
+    if facts.uid() != rustix::process::geteuid().as_raw() || mode & 0o011 == 0o011 {
+        return Ok(());
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(mode | 0o011)).map_err(io)
+}
+
 /// Replaces a file by rename, synced before and after, so that a crash leaves the old content or the new.
 pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), RegisterError> {
     let io = |source| RegisterError::Io { path: path.to_owned(), source };
@@ -247,6 +265,29 @@ mod tests {
         assert_eq!(register.list().unwrap(), [entry("db1"), entry("web.1")]);
         register.remove("db1").unwrap();
         assert!(matches!(register.get("db1"), Err(RegisterError::Unknown(_))));
+    }
+
+    #[test]
+    fn others_pass_through_roots_state_folder_to_their_own_scratch_and_nowhere_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path().join("state");
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        let (open, root) = (|| Register::open(&state).unwrap(), rustix::process::geteuid().is_root());
+        let passable = if root { 0o711 } else { 0o700 };
+        let register = open();
+        for folder in [&state, &register.scratch()] {
+            assert_eq!(mode(folder), passable, "{}", folder.display());
+            // As an earlier version left it.
+            fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).unwrap();
+        }
+        open();
+        assert_eq!((mode(&state), mode(&register.scratch())), (passable, passable));
+        for part in ["vms", "seen", "journal"] {
+            assert_eq!(mode(&state.join(part)), 0o700, "{part}");
+        }
+        fs::set_permissions(&state, fs::Permissions::from_mode(0o755)).unwrap();
+        open();
+        assert_eq!(mode(&state), 0o755, "its owner's choice");
     }
 
     #[test]
