@@ -201,6 +201,35 @@ fn in_the_copy(stillpoint: &Stillpoint) -> (vm_tests::Running, Pid, PathBuf) {
 }
 
 #[test]
+fn scratch_of_a_program_that_died_is_not_kept_for_a_vm_that_ended_after_it() {
+    let stillpoint = Stillpoint::with_key_file().expect("a repository");
+    let scratch = stillpoint.state().join("scratch");
+    let runs = || std::fs::read_dir(&scratch).into_iter().flatten().flatten().map(|run| run.path());
+    for forgotten in [false, true] {
+        let bare = Bare::start(images(), &disks(), &[]);
+        stillpoint.register("vm", &bare.qmp_socket(), None).expect("registered");
+        let mut run = stillpoint.start(&["snapshot", "vm"]).expect("it starts");
+        // The last thing that is made ready.
+        until("scratch", || run.has_ended() || runs().any(|run| run.join("nbd").exists()));
+        run.signal(Signal::KILL);
+        until("the end of the run", || run.has_ended());
+        let removed = stillpoint.run(&["vm", "remove", "vm"]).expect("it ends");
+        println!("{}", removed.stderr.trim_end());
+        removed.assert_refused(1, "not taken out yet");
+        let folder = bare.quit();
+        assert_eq!(runs().count(), 1, "nobody has cleaned up yet");
+        if !forgotten {
+            let taken = stillpoint.must(&["snapshot", "vm"]);
+            assert_holds(&stillpoint, &taken, folder.path());
+            assert_eq!(runs().count(), 0);
+        }
+        stillpoint.must(&["vm", "remove", "vm"]);
+        assert_eq!(runs().count(), 0);
+    }
+    stillpoint.assert_sound(1);
+}
+
+#[test]
 fn what_may_be_in_use_unseen_or_elsewhere_is_never_taken_for_a_vm_at_rest() {
     let stillpoint = Stillpoint::with_key_file().expect("a repository");
     let bare = Bare::start(images(), &disks(), &[]);

@@ -152,6 +152,10 @@ fn of_register(problem: &str, error: &RegisterError) -> Explanation {
             (Exit::Failed, "remove it first with `stillpoint vm remove`, or choose another name")
         }
         RegisterError::Busy(_) => (Exit::Busy, "wait until the other run has ended"),
+        RegisterError::Unfinished(_) => {
+            (Exit::Failed, "take a snapshot of it, which takes that out, or shut the VM off; then try again")
+        }
+        RegisterError::Scratch { .. } => (Exit::Failed, "see the cause, and try again"),
         RegisterError::Damaged { .. } => (Exit::Failed, "remove the file and register the VM again"),
         RegisterError::Io { .. } => {
             (Exit::Failed, "check the folder's owner and space, or give another with --state")

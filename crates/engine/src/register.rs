@@ -2,6 +2,7 @@
 //!
 //! One small file a VM in a private folder, replaced by rename: a crash leaves the old entry or the new one.
 
+use crate::journal::Journal;
 use crate::seen::Seen;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -9,6 +10,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use vm::point::undo::release_files;
+use vm::unix::nobody_listens;
 
 /// Longest VM name, in bytes: it becomes a file name.
 pub const NAME_BYTES_MAX: usize = 64;
@@ -43,6 +46,17 @@ pub enum RegisterError {
     /// Another run works on the VM.
     #[error("another run is working on '{0}'")]
     Busy(String),
+    /// What a run that died put into the VM is still there.
+    #[error("a run of '{0}' died, and what it put into the VM was not taken out yet")]
+    Unfinished(String),
+    /// Scratch of a run that died cannot be removed.
+    #[error("what a run of '{name}' that died left on the host cannot be removed: {cause}")]
+    Scratch {
+        /// The VM.
+        name: String,
+        /// What the system said.
+        cause: String,
+    },
     /// The entry cannot be read.
     #[error("the entry {path} cannot be read: {cause}")]
     Damaged {
@@ -156,17 +170,37 @@ impl Register {
         names.iter().map(|name| self.get(name)).collect()
     }
 
-    /// Forgets a VM. Its snapshots stay.
+    /// Forgets a VM, and removes what a run of it that died left on the host. Its snapshots stay.
     ///
     /// # Errors
-    /// `BadName`, `Unknown`, `Busy`, `Io`.
+    /// `BadName`, `Unknown`, `Busy`, `Unfinished`, `Scratch`, `Io`.
     pub fn remove(&self, name: &str) -> Result<(), RegisterError> {
-        self.get(name)?;
+        let entry = self.get(name)?;
         let _lock = self.lock(name)?;
+        self.remove_scratch(&entry)?;
         // First, so that another VM of this name never finds it.
         Seen::forget(self, name)?;
         let path = self.path(name)?;
         fs::remove_file(&path).map_err(|source| RegisterError::Io { path, source })
+    }
+
+    /// Removes the files of a dead run whose QEMU listens no more. The note stays: registered again under this name, by another
+    /// socket, the same VM may still run, and its next run then takes out what is in QEMU and images. If it runs, it goes on
+    /// with its open files; their names are in nobody's need.
+    fn remove_scratch(&self, entry: &VmEntry) -> Result<(), RegisterError> {
+        // A note that cannot be read names nothing that could be removed.
+        let note = Journal::of(self, &entry.name).read().ok().flatten();
+        let Some(plan) = note.and_then(|note| note.plan).filter(|plan| plan.folder.exists()) else {
+            return Ok(());
+        };
+        if !nobody_listens(&entry.qmp) {
+            return Err(RegisterError::Unfinished(entry.name.clone()));
+        }
+        let failed = |error: vm::point::UndoError| RegisterError::Scratch {
+            name: entry.name.clone(),
+            cause: error.to_string(),
+        };
+        release_files(&plan).map_err(failed)
     }
 
     /// Claims a VM for one run.
@@ -297,6 +331,43 @@ mod tests {
         for name in ["", ".", "..", "../x", "a/b", ".hidden", "a\0b", &"x".repeat(65)] {
             assert!(matches!(register.add(&entry(name)), Err(RegisterError::BadName(_))), "{name:?}");
         }
+    }
+
+    #[test]
+    fn scratch_of_a_dead_run_goes_with_its_vm_and_a_vm_that_may_still_use_it_stays() {
+        use crate::journal::Note;
+        use vm::point::{DiskRequest, Outcome, Plan, Request};
+        let folder = tempfile::tempdir().unwrap();
+        let register = Register::open(&folder.path().join("state")).unwrap();
+        let qmp = folder.path().join("qmp");
+        register.add(&VmEntry { qmp: qmp.clone(), ..entry("db1") }).unwrap();
+        let disk = serde_json::json!({
+            "name": "d", "device": "/d", "node": "n", "format": "raw", "file": "d.raw", "size_bytes": 1 << 20, "bus": "scsi",
+            "keeps_bitmaps": false,
+        });
+        let disk = serde_json::from_value(disk).unwrap();
+        let plan = Plan::new(&Request {
+            tag: "abcd1234".into(),
+            repository: "repo".into(),
+            snapshot: "s1".into(),
+            folder: register.scratch().join("run"),
+            cbw_timeout_s: 5,
+            running: true,
+            disks: vec![DiskRequest { disk, base: None, only_base: false }],
+        });
+        let plan = plan.unwrap();
+        fs::create_dir(&plan.folder).unwrap();
+        fs::write(&plan.disks[0].scratch_file, "much").unwrap();
+        let note = Note { run: "abcd1234".into(), plan: Some(plan.clone()), outcome: Outcome::Dropped };
+        Journal::of(&register, "db1").write(&note).unwrap();
+
+        let listener = std::os::unix::net::UnixListener::bind(&qmp).unwrap();
+        assert!(matches!(register.remove("db1"), Err(RegisterError::Unfinished(_))));
+        assert!(register.get("db1").is_ok() && plan.disks[0].scratch_file.exists());
+        drop(listener);
+        register.remove("db1").unwrap();
+        assert!(!plan.folder.exists() && register.get("db1").is_err());
+        assert!(Journal::of(&register, "db1").read().unwrap().is_some(), "for the next run under this name");
     }
 
     #[test]

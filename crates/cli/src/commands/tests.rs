@@ -94,6 +94,16 @@ fn a_disk_that_was_not_restored_says_why_and_what_to_do() {
 }
 
 #[test]
+fn a_vm_that_was_not_removed_says_why_and_what_to_do() {
+    let errors = [
+        RegisterError::Unfinished("db1".to_owned()),
+        RegisterError::Scratch { name: "db1".to_owned(), cause: "0.qcow2: permission denied".to_owned() },
+    ];
+    let printed = print(&errors.iter().map(|e| of_register("db1 was not removed", e)).collect::<Vec<_>>());
+    insta::assert_snapshot!(printed);
+}
+
+#[test]
 fn a_twin_that_was_not_started_says_why_and_what_to_do() {
     let errors = [
         BootError::NoDisk,

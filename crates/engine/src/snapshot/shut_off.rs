@@ -6,6 +6,7 @@
 use super::archive::Archive;
 use super::facts::{Facts, wanted};
 use super::{SnapshotError, Taken};
+use crate::journal::Journal;
 use crate::register::{Register, VmLock};
 use crate::seen::Seen;
 use crate::watch::{Cancel, Watch};
@@ -19,6 +20,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 use vm::at_rest::{Chains, Images};
 use vm::disks::Disk;
+use vm::point::undo::release_files;
 use vm::untouched::{Touched, Untouched};
 
 /// Takes a snapshot from the images.
@@ -41,6 +43,10 @@ pub(super) fn take(
     let chains = Chains::of(&disks)?;
     // Before anything is read.
     let untouched = look(&disks)?;
+    // Nobody has the images open, so the QEMU of a run that died has ended, and its scratch is of no more use. The note stays:
+    // bitmaps that QEMU kept in images are for the next run beside one.
+    let left = Journal::of(register, &request.vm).read()?.and_then(|note| note.plan);
+    let left = left.and_then(|plan| release_files(&plan).err()).map(|error| error.to_string());
     let mut images = if disks.is_empty() {
         None
     } else {
@@ -77,7 +83,7 @@ pub(super) fn take(
     let (hands, outcome) = conduct(hands, request, receipt, false);
     let Kept { receipt, verdict } = outcome?;
     let (id, manifest) = hands.archive.sealed.expect("a run that was kept was sealed");
-    Ok(Taken { id, manifest, receipt, verdict, left: None })
+    Ok(Taken { id, manifest, receipt, verdict, left })
 }
 
 /// In words, for people.
