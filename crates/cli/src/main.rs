@@ -29,18 +29,28 @@ fn main() -> ExitCode {
         Ok(output) => {
             let text =
                 if json { format!("{}\n", escape::json(&output.json)) } else { escape::page(&output.text) };
-            // Nobody reads us any more (`| head`): there is nobody to tell either.
-            let _ = std::io::stdout().lock().write_all(text.as_bytes());
+            answer(&text);
             ExitCode::from(output.exit)
         }
         Err(explanation) => {
-            eprintln!("{explanation}");
+            tell(&format!("{explanation}\n"));
             if json {
-                println!("{}", escape::json(&explanation.json()));
+                answer(&format!("{}\n", escape::json(&explanation.json())));
             }
             ExitCode::from(explanation.exit as u8)
         }
     }
+}
+
+/// Prints to standard output. Where nobody reads us any more (`| head`) there is nobody to tell either: the exit code stays what
+/// it is, while `println!` would panic.
+fn answer(text: &str) {
+    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+}
+
+/// The same to standard error.
+pub(crate) fn tell(text: &str) {
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 
 /// Help, the version, or what is wrong with the command line; the latter for programs too, if they asked for that.
@@ -54,7 +64,7 @@ fn usage(wrong: &clap::Error) -> ExitCode {
         let cause = first.strip_prefix("error: ").unwrap_or(first);
         let explanation =
             Explanation::new(Exit::Usage, "the command line is wrong", cause, "see the command's --help");
-        println!("{}", escape::json(&explanation.json()));
+        answer(&format!("{}\n", escape::json(&explanation.json())));
     }
     ExitCode::from(code)
 }

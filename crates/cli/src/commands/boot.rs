@@ -1,10 +1,10 @@
 //! `boot`: an isolated twin, which lives as long as this command.
 
 use super::{of_register, of_repository, open_register, open_repository, read_manifest};
-use crate::Output;
 use crate::arguments::{BootArguments, Global};
 use crate::escape::Plain;
 use crate::explain::{Exit, Explanation};
+use crate::{Output, tell};
 use engine::boot::{BootError, TwinWish, start};
 use engine::watch::Cancel;
 use serde_json::json;
@@ -61,7 +61,7 @@ pub(crate) fn run(global: &Global, wish: &BootArguments, cancel: &Cancel) -> Res
             }
             Ok(Some(status)) => {
                 let cause = format!("its QEMU ended with {status}");
-                eprint!("{}", console(running.twin()));
+                tell(&console(running.twin()));
                 return Err(Explanation::new(
                     Exit::Failed,
                     "the twin failed",

@@ -1,12 +1,12 @@
 //! `snapshot`: takes one.
 
 use super::{of_register, of_repository, open_register, open_repository, reach_monitor};
-use crate::Output;
 use crate::arguments::{Global, SnapshotArguments};
 use crate::escape::Plain;
 use crate::explain::{Exit, Explanation};
 use crate::progress::Bar;
 use crate::receipt::Page;
+use crate::{Output, tell};
 use engine::CopyError;
 use engine::snapshot::{SnapshotError, Taken, take};
 use engine::watch::Cancel;
@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use snapshot::{Level, Reason, Request};
 use vm::at_rest::AtRestError;
 use vm::nbd_client::NbdClientError;
+use vm::point::steps::StepError;
 use vm::point::{Away, PointError};
 use vm::untouched::Touched;
 
@@ -24,11 +25,11 @@ pub(crate) fn run(global: &Global, wish: &SnapshotArguments, cancel: &Cancel) ->
     let taken = take(&register, &repository, &request, &Bar::new(global.json), cancel)
         .map_err(|error| explain(&request, &error))?;
     if let Some(left) = &taken.left {
-        eprintln!(
-            "warning: the snapshot is complete, but not everything was cleaned up in the VM: {}",
+        tell(&format!(
+            "warning: the snapshot is complete, but not everything was cleaned up in the VM: {}\n  \
+             to do: nothing; the next snapshot of this VM tries again\n",
             Plain(left)
-        );
-        eprintln!("  to do: nothing; the next snapshot of this VM tries again");
+        ));
     }
     let id = taken.id.to_string();
     let parent = taken.manifest.parent.map(|parent| parent.to_string());
@@ -159,7 +160,7 @@ pub(super) fn explain(request: &Request, error: &SnapshotError) -> Explanation {
             "wait until it has ended; if it died, take a snapshot from where it was started, which undoes what it left, or \
              restart the VM",
         ),
-        SnapshotError::OtherFilter(_) => {
+        SnapshotError::OtherFilter(_) | SnapshotError::Point(PointError::Step(StepError::ServerTaken)) => {
             plain(Exit::Busy, "wait until that backup has ended, or end it with its own tool")
         }
         SnapshotError::Away(Away::Migrating(_))

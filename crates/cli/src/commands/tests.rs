@@ -4,6 +4,7 @@ use super::*;
 use ::snapshot::{Level, Reason, Request};
 use ::vm::monitor::MonitorError;
 use ::vm::nbd_client::NbdClientError;
+use ::vm::point::steps::StepError;
 use ::vm::point::{Away, PointError, Short};
 use engine::CopyError;
 use engine::boot::BootError;
@@ -36,6 +37,7 @@ fn a_snapshot_that_was_not_taken_says_why_and_what_to_do() {
         SnapshotError::Monitor(MonitorError::Busy { path: path() }),
         SnapshotError::Held("abcdefgh".to_owned()),
         SnapshotError::OtherFilter("data".to_owned()),
+        SnapshotError::Point(PointError::Step(StepError::ServerTaken)),
         SnapshotError::Away(Away::Elsewhere("postmigrate".to_owned())),
         SnapshotError::Away(Away::Migrating("active".to_owned())),
         SnapshotError::Ended("the NBD server closed the connection".to_owned()),

@@ -1,12 +1,12 @@
 //! `verify`: reads everything and checks it.
 
 use super::{find, of_repository, open_repository};
-use crate::Output;
 use crate::arguments::Global;
 use crate::escape::Plain;
 use crate::explain::{Exit, Explanation};
 use crate::progress::Bar;
 use crate::units::Bytes;
+use crate::{Output, tell};
 use engine::watch::Watch;
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -50,14 +50,12 @@ pub(crate) fn run(global: &Global, id: Option<&str>) -> Result<Output, Explanati
     }
     let mut hurt: Vec<String> = report.damage.iter().map(|damage| damage.snapshot.to_string()).collect();
     hurt.dedup();
-    eprintln!(
-        "{}",
-        Explanation::new(
-            Exit::Damaged,
-            format!("{} of {} snapshots are damaged", hurt.len(), report.snapshots),
-            "stored objects are missing, cannot be read or were changed",
-            "restore the objects named above from a copy of the repository; undamaged snapshots can be used as before",
-        )
+    let explanation = Explanation::new(
+        Exit::Damaged,
+        format!("{} of {} snapshots are damaged", hurt.len(), report.snapshots),
+        "stored objects are missing, cannot be read or were changed",
+        "restore the objects named above from a copy of the repository; undamaged snapshots can be used as before",
     );
+    tell(&format!("{explanation}\n"));
     Ok(Output { text, json: object, exit: Exit::Damaged as u8 })
 }

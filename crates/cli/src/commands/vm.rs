@@ -1,11 +1,11 @@
 //! `vm`: the register.
 
 use super::{of_register, open_register, reach_monitor};
-use crate::Output;
 use crate::arguments::{Global, VmCommand};
 use crate::escape::Plain;
 use crate::explain::{Exit, Explanation};
 use crate::units::{Bytes, instant};
+use crate::{Output, tell};
 use engine::register::VmEntry;
 use engine::survey::{Survey, SurveyError, survey};
 use serde_json::json;
@@ -22,10 +22,8 @@ pub(crate) fn run(global: &Global, command: &VmCommand) -> Result<Output, Explan
             for socket in [Some(&entry.qmp), entry.agent.as_ref()].into_iter().flatten() {
                 // Only whether it is there: connecting would take the channel from whoever uses it now.
                 if !socket.exists() {
-                    eprintln!(
-                        "warning: {} is not there now; it must be when the VM runs",
-                        Plain(socket.display())
-                    );
+                    let socket = Plain(socket.display());
+                    tell(&format!("warning: {socket} is not there now; it must be when the VM runs\n"));
                 }
             }
             let text = format!("registered {name}; see what counts with `stillpoint vm show {name}`\n");
