@@ -7,29 +7,31 @@
 //! A host may give a program a time limit, kill its process group, and take its output while it runs.
 
 mod output;
+mod process;
 mod spawn;
 mod timer;
 
 use crate::poll::Poll;
-use crate::{errno, log, note};
+use crate::{errno, note};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use guest_protocol::Error;
 use guest_protocol::answers::{ExecStarted, ExecStatus};
 use guest_protocol::arguments::exec::{self as arguments, Exec, Kill};
 use output::{Input, Kept, Output};
-use rustix::process::{Pid, Signal, kill_process_group};
+use process::Process;
+use rustix::process::Signal;
 use serde_json::Value;
 use spawn::Spawned;
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, ExitStatus};
 use std::rc::Rc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 use timer::Timer;
 
-/// Most programs, running or ended and not asked for; the longest ended make room for new ones.
+/// Most programs: running, ended and not asked for, or with a time limit that what they left running has to keep. The longest
+/// ended make room for new ones, and their limits go with them.
 const PROCESSES_MAX: usize = 256;
 /// Most output kept of programs that have ended and were not asked for.
 const ENDED_BYTES_MAX: usize = 64 << 20;
@@ -58,21 +60,6 @@ pub(super) struct Started {
     deadline: Option<Instant>,
 }
 
-#[derive(Debug)]
-struct Process {
-    child: Child,
-    status: Option<ExitStatus>,
-    /// Its end was told, or will never be asked for; only its pipes are still looked after.
-    is_over: bool,
-    /// When it is killed.
-    deadline: Option<Instant>,
-    /// It was killed because of that.
-    was_too_long: bool,
-    input: Option<Input>,
-    out: Option<Output>,
-    err: Option<Output>,
-}
-
 impl Processes {
     pub(super) fn new(poll: Rc<Poll>) -> Processes {
         let (send, receive) = channel();
@@ -86,7 +73,7 @@ impl Processes {
 
     /// Whether another may be started: those that run hold pipes and a place in the table.
     pub(super) fn have_room(&self) -> bool {
-        self.processes.values().filter(|process| process.status.is_none()).count() < PROCESSES_MAX
+        self.processes.values().filter(|process| process.runs()).count() < PROCESSES_MAX
     }
 
     /// What became of a program, after killing it if that is asked for. The end is told once.
@@ -95,7 +82,7 @@ impl Processes {
         let pid = asked.pid;
         // Of two with the same id the later one is meant: the first had ended when the kernel gave it anew.
         let mut newest_first = self.processes.values_mut().rev();
-        let process = newest_first.find(|process| !process.is_over && i64::from(process.child.id()) == pid);
+        let process = newest_first.find(|process| !process.is_over() && i64::from(process.id()) == pid);
         let process = process.ok_or_else(|| Error::generic(format!("PID {pid} does not exist")))?;
         if let Some(kill) = asked.kill {
             note!("guest-exec-status called, pid: {pid}, to kill its process group");
@@ -104,18 +91,18 @@ impl Processes {
                 Kill::Kill => Signal::KILL,
             });
         }
-        let status = process.status;
+        let status = process.status();
         if status.is_none() && !asked.stream {
             return Ok(ExecStatus::default());
         }
         let [out, err] = [&mut process.out, &mut process.err].map(|output| output.as_mut().map(Output::take));
-        let time_limit_reached = (status.is_some() && process.was_too_long).then_some(true);
-        process.is_over = status.is_some();
-        if process.is_over {
+        let time_limit_reached = (status.is_some() && process.was_too_long()).then_some(true);
+        if status.is_some() {
+            process.told();
             // Not each time: hosts ask again and again, and would fill the system's log with it.
             note!("guest-exec-status called, pid: {pid}");
         }
-        self.forget_closed();
+        self.forget_done();
         let data = |taken: &Option<Kept>| {
             taken.as_ref().filter(|kept| !kept.bytes.is_empty()).map(|kept| STANDARD.encode(&kept.bytes))
         };
@@ -137,22 +124,7 @@ impl Processes {
         while let Ok(started) = self.receive.try_recv() {
             self.adopt(started);
         }
-        for process in self.processes.values_mut().filter(|process| process.status.is_none()) {
-            match process.child.try_wait() {
-                Ok(None) => continue,
-                Ok(Some(status)) => process.status = Some(status),
-                Err(error) => {
-                    log!(Error, "cannot wait for process {}: {error}", process.child.id());
-                    process.status = Some(ExitStatus::from_raw(0xFF00));
-                }
-            }
-            process.input = None;
-            for output in [&mut process.out, &mut process.err].into_iter().flatten() {
-                // What it wrote before it ended lies in the pipe; what comes later is not its own.
-                output.drain();
-                output.stop_keeping();
-            }
-        }
+        self.processes.values_mut().for_each(Process::look);
         self.make_room();
         self.set_timer();
     }
@@ -160,7 +132,7 @@ impl Processes {
     /// One of the pipes can go on.
     pub(super) fn pipe_event(&mut self, token: u64) {
         if token == TIMER {
-            return self.kill_those_that_take_too_long();
+            return self.keep_to_limits();
         }
         let kept: usize = self.processes.values().map(Process::kept).sum();
         let room = ALL_BYTES_MAX.saturating_sub(kept);
@@ -175,88 +147,57 @@ impl Processes {
             1 => Output::event(process.out.as_mut(), room, poll, token),
             _ => Output::event(process.err.as_mut(), room, poll, token),
         }
-        self.forget_closed();
+        self.forget_done();
     }
 
     fn adopt(&mut self, started: Started) {
         self.serial += 1;
         let token = |stream: u64| super::EXEC_TOKEN | self.serial << 2 | stream;
-        let poll = &*self.poll;
-        let Started { spawned: Spawned { child, input, out, err }, input: bytes, output_bytes_max, deadline } =
-            started;
-        let output = |pipe, stream| Output::new(pipe, output_bytes_max, poll, token(stream));
-        let process = Process {
-            child,
-            status: None,
-            is_over: false,
-            deadline,
-            was_too_long: false,
-            input: input.zip(bytes).and_then(|(pipe, bytes)| Input::new(pipe, bytes, poll, token(0))),
-            out: out.and_then(|pipe| output(pipe, 1)),
-            err: err.and_then(|pipe| output(pipe, 2)),
-        };
+        let Started { spawned, input, output_bytes_max, deadline } = started;
+        let process = Process::new(spawned, input, output_bytes_max, deadline, &self.poll, token);
         self.processes.insert(self.serial, process);
     }
 
-    fn kill_those_that_take_too_long(&mut self) {
+    /// Kills what takes too long.
+    fn keep_to_limits(&mut self) {
         // One that has ended meanwhile is not to be blamed.
         self.reap();
         let now = Instant::now();
-        for process in self.processes.values_mut().filter(|process| process.status.is_none()) {
-            if process.deadline.is_some_and(|deadline| deadline <= now) {
-                log!(Info, "process group {} has reached its time limit", process.child.id());
-                (process.deadline, process.was_too_long) = (None, true);
-                process.kill(Signal::KILL);
-            }
+        for process in self.processes.values_mut() {
+            process.keep_to_limit(now);
         }
+        self.forget_done();
         self.set_timer();
     }
 
     fn set_timer(&mut self) {
-        let running = self.processes.values().filter(|process| process.status.is_none());
-        let next = running.filter_map(|process| process.deadline).min();
+        let next = self.processes.values().filter_map(Process::next_look).min();
         self.timer.set(next, &self.poll, super::EXEC_TOKEN | TIMER);
     }
 
     /// Forgets the ends that nobody asked for, oldest first, where they are too many or too large.
     fn make_room(&mut self) {
-        let is_waiting = |process: &Process| process.status.is_some() && !process.is_over;
+        let is_waiting = |process: &Process| !process.runs() && !process.is_over();
         let mut kept: usize =
             self.processes.values().filter(|process| is_waiting(process)).map(Process::kept).sum();
         let mut count = self.processes.len();
-        for process in self.processes.values_mut().filter(|process| process.status.is_some()) {
+        for process in self.processes.values_mut().filter(|process| !process.runs()) {
             if count <= PROCESSES_MAX && kept <= ENDED_BYTES_MAX {
                 break;
             }
-            kept -= if process.is_over { 0 } else { process.kept() };
-            process.is_over = true;
+            kept -= if process.is_over() { 0 } else { process.kept() };
             if count > PROCESSES_MAX {
                 count -= 1;
-                (process.out, process.err) = (None, None);
+                process.give_up();
+            } else {
+                process.forget_end();
             }
         }
-        self.forget_closed();
+        self.forget_done();
     }
 
-    fn forget_closed(&mut self) {
-        let is_open = |output: &Option<Output>| output.as_ref().is_some_and(Output::is_open);
-        self.processes
-            .retain(|_, process| !process.is_over || is_open(&process.out) || is_open(&process.err));
-    }
-}
-
-impl Process {
-    /// Sends a signal to all of its group. Not yet waited for, its id is nobody else's.
-    fn kill(&self, signal: Signal) {
-        if self.status.is_none()
-            && let Err(error) = kill_process_group(Pid::from_child(&self.child), signal)
-        {
-            log!(Error, "cannot kill process group {}: {error}", self.child.id());
-        }
-    }
-
-    fn kept(&self) -> usize {
-        [&self.out, &self.err].into_iter().flatten().map(Output::kept).sum()
+    fn forget_done(&mut self) {
+        self.processes.retain(|_, process| !process.is_done());
     }
 }
 

@@ -15,4 +15,4 @@ mod root;
 pub mod worker;
 
 pub use applications::Applications;
-pub(crate) use process::members_of_session;
+pub(crate) use process::{group_has_others, members_of_session};

@@ -108,6 +108,19 @@ pub(crate) fn members_of_session(session: u32) -> Vec<u64> {
     members.map(|stat| stat.start_ticks.saturating_mul(TICK_NS)).collect()
 }
 
+/// Whether a process group has living members besides its leader. True where that cannot be told: the list of processes is
+/// not read, or is longer than is looked through.
+pub(crate) fn group_has_others(leader: u32) -> bool {
+    /// As many take some 20 ms.
+    const LOOKED_AT_MAX: usize = 4096;
+    let Ok(pids) = all_pids() else { return true };
+    let is_other = |pid: &u32| {
+        let stat = std::fs::read(format!("/proc/{pid}/stat")).ok().and_then(|text| parse_stat(&text));
+        stat.is_some_and(|stat| stat.group == leader && !matches!(stat.state, b'Z' | b'X'))
+    };
+    pids.len() > LOOKED_AT_MAX || pids.iter().filter(|pid| **pid != leader).any(is_other)
+}
+
 /// Reads a regular (or `/proc`) file below a folder, not following a symbolic link at its end.
 /// # Errors
 /// As opening and reading it; `InvalidData` when it is longer than `bytes_max`.
@@ -123,6 +136,7 @@ pub(super) fn read_below(folder: impl AsFd, path: &Path, bytes_max: u64) -> io::
 struct Stat {
     state: u8,
     parent: u32,
+    group: u32,
     session: u32,
     start_ticks: u64,
 }
@@ -139,6 +153,7 @@ fn parse_stat(text: &[u8]) -> Option<Stat> {
     Some(Stat {
         state: *fields.first()?.as_bytes().first()?,
         parent: fields.get(1)?.parse().ok()?,
+        group: fields.get(2)?.parse().ok()?,
         session: fields.get(3)?.parse().ok()?,
         start_ticks: fields.get(19)?.parse().ok()?,
     })

@@ -180,6 +180,11 @@ fn runs(pid: &str) -> bool {
     std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).is_ok_and(|stat| !stat.contains(") Z "))
 }
 
+/// Whether there is a process of this id, be it a zombie.
+fn exists(pid: &Value) -> bool {
+    std::path::Path::new(&format!("/proc/{pid}")).exists()
+}
+
 #[test]
 fn d23_a_program_beyond_its_time_limit_is_killed_with_its_children() {
     let agent = Agent::start();
@@ -197,6 +202,63 @@ fn d23_a_program_beyond_its_time_limit_is_killed_with_its_children() {
     let mut arguments = shell("exit 4", json!(false));
     arguments["stillpoint-time-limit-ms"] = json!(60_000);
     assert_eq!(run(&mut client, arguments), json!({"exited": true, "exitcode": 4}));
+}
+
+#[test]
+fn d23_what_a_program_left_running_is_killed_at_its_time_limit_whether_its_end_was_told_or_not() {
+    let agent = Agent::start();
+    let mut client = agent.client();
+    let folder = tempfile::tempdir().expect("a folder");
+    let start = |name: &str, client: &mut Client| {
+        let file = folder.path().join(name);
+        let script = format!("sleep 600 & echo $! > {0}.new; mv {0}.new {0}", file.display());
+        let mut arguments = shell(&script, json!(false));
+        arguments["stillpoint-time-limit-ms"] = json!(1_500);
+        let pid = client.call("guest-exec", arguments)["pid"].clone();
+        until("it has started its child", || file.exists());
+        (pid, std::fs::read_to_string(file).expect("its number"))
+    };
+    let begin = Instant::now();
+    let (told, told_child) = start("told", &mut client);
+    let (untold, untold_child) = start("untold", &mut client);
+    let mut status = Value::Null;
+    until("the first ends", || {
+        status = client.call("guest-exec-status", json!({"pid": told}));
+        status["exited"] == true
+    });
+    assert_eq!(status, json!({"exited": true, "exitcode": 0}), "its own end, before its child's");
+    until("both children are dead", || !runs(&told_child) && !runs(&untold_child));
+    assert!(begin.elapsed() >= Duration::from_millis(1_500), "they were killed too early");
+    let status = client.call("guest-exec-status", json!({"pid": untold}));
+    assert_eq!(status, json!({"exited": true, "exitcode": 0}), "it was not too slow itself");
+    until("nothing is left of either", || !exists(&told) && !exists(&untold));
+}
+
+#[test]
+fn d23_a_program_that_left_nothing_running_is_gone_when_its_end_was_told() {
+    let agent = Agent::start();
+    let mut client = agent.client();
+    let mut arguments = shell("exit 4", json!(false));
+    arguments["stillpoint-time-limit-ms"] = json!(600_000);
+    let pid = client.call("guest-exec", arguments)["pid"].clone();
+    until("it ends", || client.call("guest-exec-status", json!({"pid": pid}))["exited"] == true);
+    assert!(!exists(&pid), "no zombie waits for the time limit");
+}
+
+#[test]
+fn d23_a_kill_reaches_what_a_program_left_running_before_its_end_was_told() {
+    let agent = Agent::start();
+    let mut client = agent.client();
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("child");
+    let script = format!("sleep 600 & echo $! > {}", file.display());
+    let pid = client.call("guest-exec", shell(&script, json!(false)))["pid"].clone();
+    until("it has ended", || !runs(&pid.to_string()));
+    let child = std::fs::read_to_string(file).expect("its number");
+    assert!(runs(&child));
+    let status = client.call("guest-exec-status", json!({"pid": pid, "stillpoint-kill": "kill"}));
+    assert_eq!(status, json!({"exited": true, "exitcode": 0}));
+    until("the child is dead", || !runs(&child));
 }
 
 #[test]
