@@ -1,8 +1,9 @@
 //! `guest-exec` and `guest-exec-status`.
 //!
 //! A program runs in a process group of its own; what it writes is read as it comes, kept up to a limit, and the
-//! rest dropped. It counts as exited when it has exited: a grandchild that still holds its output delays nothing,
-//! and what that one writes later is read and dropped, so that it neither blocks nor dies of a closed pipe.
+//! rest dropped. It counts as exited when it has exited and its output is complete. A grandchild that still holds the output
+//! delays that by a moment at most, and what it writes later is read and dropped, so that it neither blocks nor dies of a
+//! closed pipe.
 //!
 //! A host may give a program a time limit, kill its process group, and take its output while it runs.
 
@@ -124,7 +125,10 @@ impl Processes {
         while let Ok(started) = self.receive.try_recv() {
             self.adopt(started);
         }
-        self.processes.values_mut().for_each(Process::look);
+        let now = Instant::now();
+        for process in self.processes.values_mut() {
+            process.look(now);
+        }
         self.make_room();
         self.set_timer();
     }

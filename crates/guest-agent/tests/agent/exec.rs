@@ -91,10 +91,21 @@ fn d24_exec_is_not_held_up_by_a_grandchild_and_does_not_kill_it() {
     let mut client = agent.client();
     let mark = tempfile::tempdir().expect("a folder");
     let mark = mark.path().join("mark");
-    let script = format!("(sleep 1; echo late; echo done > {}) & echo early", mark.display());
+    let script = format!("(sleep 3; echo late; echo done > {}) & echo early", mark.display());
     assert_eq!(run(&mut client, shell(&script, json!(true)))["out-data"], "early\n");
     assert!(!mark.exists(), "the end was told before the grandchild's");
     until("the grandchild ends by itself", || mark.exists());
+}
+
+#[test]
+fn exec_tells_what_a_helper_of_the_program_writes_just_after_its_end() {
+    let agent = Agent::start();
+    let mut client = agent.client();
+    // As `exec > >(tee log)` does it. Asked for again, because a busy machine may let the helper sleep for longer.
+    until("the tail is told", || {
+        let status = run(&mut client, shell("(sleep 0.05; echo tail) & echo head", json!("stdout")));
+        status["out-data"] == "head\ntail\n"
+    });
 }
 
 #[test]

@@ -11,14 +11,18 @@ use crate::quiesce::group_has_others;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitIdStatus, kill_process_group, waitid};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ExitStatus};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long after a program's end what helpers of its own still write (`exec > >(tee log)`) counts as its output. They
+/// need a moment to read the rest and end; who holds a pipe for longer is a service that the program left behind.
+pub(super) const TAIL: Duration = Duration::from_millis(200);
 
 #[derive(Debug)]
 pub(super) struct Process {
     child: Child,
     /// The group, while its id is nobody else's: until the leader is reaped.
     group: Option<Pid>,
-    end: Option<ExitStatus>,
+    end: Option<End>,
     /// Its end was told, or will never be asked for; only its pipes and its time limit are still looked after.
     is_over: bool,
     /// When the group is killed.
@@ -28,6 +32,14 @@ pub(super) struct Process {
     pub(super) input: Option<Input>,
     pub(super) out: Option<Output>,
     pub(super) err: Option<Output>,
+}
+
+/// The leader's end.
+#[derive(Clone, Copy, Debug)]
+struct End {
+    status: ExitStatus,
+    /// Until then its output is waited for; `None` when nothing more is kept.
+    tail_until: Option<Instant>,
 }
 
 impl Process {
@@ -63,9 +75,9 @@ impl Process {
         self.end.is_none()
     }
 
-    /// How it ended.
+    /// How it ended, once all of its output is here.
     pub(super) fn status(&self) -> Option<ExitStatus> {
-        self.end
+        self.end.filter(|end| end.tail_until.is_none()).map(|end| end.status)
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -77,39 +89,53 @@ impl Process {
         self.was_too_long
     }
 
-    /// When to look at it though nothing happens.
+    /// When to look at it though nothing happens: at its time limit, or when its tail is waited for no longer.
     pub(super) fn next_look(&self) -> Option<Instant> {
-        self.deadline
+        [self.deadline, self.end.and_then(|end| end.tail_until)].into_iter().flatten().min()
     }
 
     /// Notes what has become of it.
-    pub(super) fn look(&mut self) {
-        if self.end.is_some() {
-            return;
+    pub(super) fn look(&mut self, now: Instant) {
+        let is_new = self.end.is_none();
+        if is_new {
+            self.end = self.look_for_end(now);
         }
-        self.end = self.look_for_end();
-        if self.end.is_none() {
-            return;
-        }
+        let Some(End { tail_until: Some(tail_until), .. }) = self.end else { return };
+        let is_last = now >= tail_until;
         self.input = None;
+        let mut is_complete = true;
         for output in [&mut self.out, &mut self.err].into_iter().flatten() {
-            // What it wrote before it ended lies in the pipe; what comes later is not its own.
-            output.drain();
-            output.stop_keeping();
+            if is_new || is_last {
+                // What was written before lies in the pipe, and mostly the end of the stream behind it. In between events
+                // tell, which heed what there is room for.
+                output.drain();
+            }
+            if is_last {
+                output.stop_keeping();
+            }
+            is_complete &= !output.is_open();
+        }
+        if let Some(end) = &mut self.end
+            && (is_complete || is_last)
+        {
+            end.tail_until = None;
         }
     }
 
     /// Without reaping it.
-    fn look_for_end(&mut self) -> Option<ExitStatus> {
+    fn look_for_end(&mut self, now: Instant) -> Option<End> {
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        match waitid(WaitId::Pid(Pid::from_child(&self.child)), options) {
-            Ok(status) => status.as_ref().map(exit_status),
+        let status = match waitid(WaitId::Pid(Pid::from_child(&self.child)), options) {
+            Ok(None) => return None,
+            Ok(Some(status)) => exit_status(&status),
             Err(error) => {
                 log!(Error, "cannot wait for process {}: {error}", self.id());
                 (self.group, self.deadline) = (None, None);
-                Some(ExitStatus::from_raw(0xFF00))
+                ExitStatus::from_raw(0xFF00)
             }
-        }
+        };
+        // Where the clock cannot be added to, nothing is waited for.
+        Some(End { status, tail_until: Some(now.checked_add(TAIL).unwrap_or(now)) })
     }
 
     /// Sends a signal to all of its group, also where the leader has ended.

@@ -1,4 +1,5 @@
-//! One timer for all time limits. It is made when the first program with a limit starts, and silent without one.
+//! One timer for all programs: their time limits, and how long their output is waited for. It is made when it is first
+//! needed, and silent otherwise.
 
 use crate::log;
 use crate::poll::Poll;
@@ -22,7 +23,7 @@ impl Timer {
             return;
         }
         if let Err(error) = self.arm(deadline, poll, token) {
-            log!(Error, "time limits of programs cannot be kept: {error}");
+            log!(Error, "time limits of programs cannot be kept, nor their ends be told in time: {error}");
         }
     }
 
