@@ -3,6 +3,7 @@
 
 mod check;
 pub mod evidence;
+mod foreign;
 mod frozen;
 mod record;
 mod shared;
@@ -108,10 +109,8 @@ impl Runs {
         let records = Records::new(&settings.statedir);
         // What an agent before this one still had to tell.
         shared.lock().ended = records.ended();
-        if !undo::take_up(&shared, &records, settings.hooks.as_ref()) && records.is_marked() {
-            // A stock qemu-ga died frozen. Like it, wait for the host's thaw: only the host knows.
-            shared.lock().foreign = true;
-            shared.set_frozen(true);
+        if !undo::take_up(&shared, &records, settings.hooks.as_ref()) {
+            foreign::take_up(&shared, &records, &settings);
         }
         Ok(Runs { shared, settings, plain_count: 0 })
     }
@@ -240,10 +239,8 @@ impl Runs {
                 last.map(|last| Outcome::Thawed(Box::new(last))).ok_or_else(|| unknown_run(&args.id));
             return self.shared.finish(ticket, outcome);
         }
-        if inner.foreign {
-            inner.foreign = false;
-            drop(inner);
-            return self.thaw_foreign(ticket);
+        if inner.foreign.is_some() {
+            return foreign::thaw_for_host(&self.shared, inner, &self.settings, ticket);
         }
         if inner.state == State::Thawed {
             let ended = inner.ended.take();
@@ -263,26 +260,13 @@ impl Runs {
         }
     }
 
-    fn thaw_foreign(&self, ticket: u64) {
-        let shared = Arc::clone(&self.shared);
-        let records = Records::new(&self.settings.statedir);
-        let hooks = self.settings.hooks.clone();
-        self.spawn(ticket, move |owed| {
-            let thawed = undo::thaw_foreign();
-            records.unmark();
-            shared.set_frozen(false);
-            undo::thaw_foreign_hooks(hooks.as_ref(), &shared);
-            owed.answer(Ok(Outcome::Count(thawed)));
-        });
-    }
-
     /// Where the guest stands.
     pub fn status(&self) -> StatusReport {
         let inner = self.shared.lock();
-        let lease_left_ms =
-            inner.ledger.as_ref().map(|ledger| ledger.deadline_ns()).filter(|deadline| *deadline != 0);
+        let ours = inner.ledger.as_ref().map(|ledger| ledger.deadline_ns()).filter(|deadline| *deadline != 0);
+        let lease_left_ms = ours.or(inner.foreign);
         StatusReport {
-            state: if inner.foreign { State::Frozen } else { inner.state },
+            state: if inner.foreign.is_some() { State::Frozen } else { inner.state },
             id: inner.id.clone(),
             lease_left_ms: lease_left_ms.map(|deadline| deadline.saturating_sub(boottime_ns()) / 1_000_000),
             last: inner.last.clone(),

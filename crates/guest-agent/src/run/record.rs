@@ -8,7 +8,7 @@ use crate::freeze::ledger::Ledger;
 use crate::freeze::mountinfo::DeviceNumber;
 use crate::freeze::plan::{Place, Superblock};
 use guest_protocol::stillpoint::FilesystemReport;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, FsWord, flock, statfs};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -16,11 +16,15 @@ use std::io::{self, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// Most bytes of a record that are read back.
 const RECORD_BYTES_MAX: u64 = 16 << 20;
 /// Most bytes of a message that is read back.
 const ENDED_BYTES_MAX: u64 = 4 << 10;
+
+/// tmpfs and ramfs. Source: `linux/magic.h`, Linux `fs/ramfs`.
+const IN_MEMORY: &[FsWord] = &[0x0102_1994, 0x8584_58f6];
 
 /// What a restarted agent needs to know.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -111,6 +115,15 @@ impl Recorded {
             lies_on: std::collections::BTreeSet::new(),
         })
     }
+}
+
+/// The mark of a stock agent.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mark {
+    /// When it was made.
+    pub(super) at: SystemTime,
+    /// Its folder is still there after a boot.
+    pub(super) outlives_boots: bool,
 }
 
 /// Where records lie.
@@ -215,8 +228,15 @@ impl Records {
         let _removed = fs::remove_file(self.mark_path()).is_ok();
     }
 
-    pub(super) fn is_marked(&self) -> bool {
-        self.mark_path().exists()
+    /// qemu-ga's mark, if there is one.
+    pub(super) fn marked(&self) -> Option<Mark> {
+        let path = self.mark_path();
+        // What cannot say its age is as new as can be.
+        let found = fs::symlink_metadata(&path).ok()?;
+        let at = found.modified().unwrap_or_else(|_| SystemTime::now());
+        // In doubt the folder is one that outlives no boot, so that no freeze is forgotten.
+        let outlives_boots = statfs(&self.folder).is_ok_and(|fs| !IN_MEMORY.contains(&fs.f_type));
+        Some(Mark { at, outlives_boots })
     }
 }
 

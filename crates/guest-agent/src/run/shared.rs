@@ -38,8 +38,9 @@ pub(super) struct Inner {
     pub(super) last: Option<GuestReport>,
     /// What the first plain thaw after a plain freeze that ended by itself must be told.
     pub(super) ended: Option<String>,
-    /// Another agent (qemu-ga) left its mark and perhaps frozen file systems.
-    pub(super) foreign: bool,
+    /// Another agent (qemu-ga) left its mark and perhaps frozen file systems: until when they may stay so, in nanoseconds
+    /// since boot.
+    pub(super) foreign: Option<u64>,
     finished: Vec<(u64, Result<Outcome, Refusal>)>,
 }
 
@@ -131,7 +132,7 @@ impl Shared {
     /// Makes ready for a run. False if one holds the guest.
     pub(super) fn begin(&self, id: &str) -> bool {
         let mut inner = self.lock();
-        if inner.state != State::Thawed || inner.foreign {
+        if inner.state != State::Thawed || inner.foreign.is_some() {
             return false;
         }
         let (last, finished) = (inner.last.take(), std::mem::take(&mut inner.finished));
@@ -153,7 +154,7 @@ impl Shared {
     /// rehearsal is under way.
     pub(super) fn begin_check(&self) -> Option<Arc<AtomicBool>> {
         let mut inner = self.lock();
-        if inner.state != State::Thawed || inner.foreign || inner.checking.is_some() {
+        if inner.state != State::Thawed || inner.foreign.is_some() || inner.checking.is_some() {
             return None;
         }
         Some(Arc::clone(inner.checking.insert(Arc::default())))
@@ -225,6 +226,11 @@ impl Shared {
             ring(&self.notifier);
         }
         std::mem::take(&mut self.lock().finished)
+    }
+
+    /// Waits until something has changed, at most so long.
+    pub(super) fn wait<'s>(&self, inner: MutexGuard<'s, Inner>, at_most: Duration) -> MutexGuard<'s, Inner> {
+        self.changed.wait_timeout(inner, at_most).unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// Waits until no run holds the guest.

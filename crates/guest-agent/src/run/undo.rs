@@ -5,7 +5,6 @@ use super::evidence::{Evidence, boot_id, ms};
 use super::frozen::thawed_count;
 use super::record::{Record, Records};
 use super::shared::Shared;
-use crate::freeze::facts::View;
 use crate::freeze::gather::Gatherer;
 use crate::freeze::grace;
 use crate::freeze::kernel::boottime_ns;
@@ -171,20 +170,6 @@ fn report(
     evidence
 }
 
-/// After that: a stock agent had called its hook before its freeze, and nobody else will call it after the thaw.
-pub(super) fn thaw_foreign_hooks(settings: Option<&hooks::Settings>, shared: &Shared) {
-    let Some(settings) = settings else { return };
-    let owed = hooks::find(&settings.path).map_err(|failure| failure.message).and_then(|paths| {
-        let ledger = Ledger::of_hooks_alone().map_err(|error| error.to_string())?;
-        ledger.owe_hooks(paths.len());
-        Ok(Hooks::left(paths, Some(settings), "", &Arc::new(ledger), shared.leftovers()))
-    });
-    match owed {
-        Ok(mut hooks) => hooks.thaw(),
-        Err(why) => log!(Error, "no hook is called after the thaw: {why}"),
-    }
-}
-
 /// When the last FIFREEZE returned, by the wall clock of today.
 fn frozen_at_ms(ledger: &Ledger) -> Option<u64> {
     let frozen = (0..ledger.count()).filter(|at| ledger.frozen(*at) == Freeze::Frozen);
@@ -192,18 +177,4 @@ fn frozen_at_ms(ledger: &Ledger) -> Option<u64> {
     let ago = Duration::from_nanos(boottime_ns().saturating_sub(done_ns));
     let then = SystemTime::now().checked_sub(ago)?.duration_since(UNIX_EPOCH).ok()?;
     Some(ms(then))
-}
-
-/// Thaws everything once, whoever froze it: what a plain thaw does after a stock qemu-ga left its mark and died.
-pub(super) fn thaw_foreign() -> i64 {
-    let Ok(facts) = Gatherer::new("/").gather() else { return 0 };
-    let mounts = mount_devices(&facts);
-    let folders =
-        plan(&facts).superblocks.into_iter().filter(|s| s.places.iter().any(|place| place.view == View::Own));
-    let threads: Vec<_> = folders
-        .filter_map(|superblock| reach(&superblock, &mounts).ok())
-        .map(|reached| thread::spawn(move || crate::freeze::kernel::thaw(reached.folder.as_fd()).is_ok()))
-        .collect();
-    let thawed = threads.into_iter().filter_map(|thread| thread.join().ok()).filter(|thawed| *thawed).count();
-    i64::try_from(thawed).unwrap_or(i64::MAX)
 }

@@ -70,11 +70,20 @@ impl Inside {
         self.started(command)
     }
 
-    fn started(&self, mut command: Command) -> Agent {
+    /// One whose state folder is this one.
+    pub(crate) fn agent_with_state_in(&self, folder: &str) -> Agent {
+        self.started_with_state_in(folder, Command::new("/bin/stillpoint-agent"))
+    }
+
+    fn started(&self, command: Command) -> Agent {
+        self.started_with_state_in("/run", command)
+    }
+
+    fn started_with_state_in(&self, folder: &str, mut command: Command) -> Agent {
         // The last agent's socket would seem to be this one's.
         let _removed = fs::remove_file(SOCKET).is_ok();
         let log = File::options().create(true).append(true).open("/run/agent.log").unwrap();
-        command.args(["-m", "unix-listen", "-p", SOCKET, "-t", "/run", "-v"]).env_clear();
+        command.args(["-m", "unix-listen", "-p", SOCKET, "-t", folder, "-v"]).env_clear();
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let agent = Agent { child };
         until("the agent listens", Duration::from_secs(20), || UnixStream::connect(SOCKET).is_ok());

@@ -599,6 +599,44 @@ scenes! {
         inside.expect_writable(&["/a"]);
     };
 
+    what_a_stock_agent_left_frozen_is_thawed_when_the_compat_lease_ends: two, |inside| {
+        kernel::freeze(File::open("/a").unwrap().as_fd()).unwrap();
+        std::fs::write("/run/qga.state.isfrozen", b"").unwrap();
+        let agent = inside.agent_with_compat_lease(2_000);
+        assert_eq!(agent.ask("guest-fsfreeze-status", json!({})), "frozen");
+        inside.until_writable("/a", Duration::from_secs(4));
+        until("it is told", Duration::from_secs(5), || agent.state() == "thawed");
+        assert!(!std::path::Path::new("/run/qga.state.isfrozen").exists());
+        let refused = agent.refused("guest-fsfreeze-thaw", json!({}));
+        assert!(refused.contains("lease_ended: the guest was frozen no longer: another agent"), "{refused}");
+        assert_eq!(agent.ask("guest-fsfreeze-thaw", json!({})), 0, "told once");
+        let log = std::fs::read_to_string("/run/agent.log").unwrap();
+        assert!(log.contains("the lease of 2000 ms ended: what another agent left frozen is thawed"), "{log}");
+        assert_eq!(agent.ask("guest-fsfreeze-freeze", json!({})), 2, "it serves as any other");
+        assert_eq!(agent.ask("guest-fsfreeze-thaw", json!({})), 2);
+    };
+
+    a_stock_agents_mark_from_before_the_boot_refuses_nothing: two, |inside| {
+        let mark = File::create("/b/qga.state.isfrozen").unwrap();
+        let up = Duration::from_nanos(kernel::boottime_ns());
+        mark.set_modified(std::time::SystemTime::now() - up - Duration::from_secs(3600)).unwrap();
+        let agent = inside.agent_with_state_in("/b");
+        assert_eq!(agent.ask("guest-fsfreeze-status", json!({})), "thawed");
+        assert!(!std::path::Path::new("/b/qga.state.isfrozen").exists());
+        let log = std::fs::read_to_string("/run/agent.log").unwrap();
+        assert!(log.contains("removed a mark of a frozen guest that is older than this boot"), "{log}");
+        assert!(agent.ask("guest-get-host-name", json!({})).is_object(), "what is refused while frozen");
+    };
+
+    the_lease_of_what_a_stock_agent_left_frozen_does_not_begin_anew_with_the_agent: two, |inside| {
+        kernel::freeze(File::open("/a").unwrap().as_fd()).unwrap();
+        let mark = File::create("/run/qga.state.isfrozen").unwrap();
+        mark.set_modified(std::time::SystemTime::now() - Duration::from_secs(60)).unwrap();
+        let agent = inside.agent_with_compat_lease(60_000);
+        inside.until_writable("/a", Duration::from_secs(5));
+        until("it is told", Duration::from_secs(5), || agent.state() == "thawed");
+    };
+
     the_first_plain_thaw_after_the_compat_lease_says_that_it_ended: ext4, |inside| {
         let agent = inside.agent_with_compat_lease(1_000);
         assert_eq!(agent.ask("guest-fsfreeze-freeze", json!({})), 1);
