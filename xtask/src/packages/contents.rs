@@ -73,6 +73,7 @@ Stillpoint. It is one static program and needs nothing else in the guest.",
         entry("etc/init.d/stillpoint-agent", From::Source("sysv/stillpoint-agent"), 0o755, In::Deb),
         entry("etc/qemu/fsfreeze-hook.d", From::Folder, 0o755, In::Both),
         entry("etc/qemu-ga/fsfreeze-hook.d", From::Folder, 0o755, In::Rpm),
+        entry("usr/share/stillpoint-agent/check-hooks", From::Source("hooks/check-hooks"), 0o755, In::Both),
         entry("usr/share/stillpoint-agent/hooks/README", From::Source("hooks/README"), 0o644, In::Both),
         entry(
             "usr/share/stillpoint-agent/hooks/mariadb.sample",
