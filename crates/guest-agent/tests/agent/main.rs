@@ -15,4 +15,5 @@ mod process;
 mod sandbox;
 mod serial;
 mod system;
+mod sysv;
 mod vsock;
