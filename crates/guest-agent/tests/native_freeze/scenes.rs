@@ -415,6 +415,24 @@ scenes! {
         assert!(check["predicted_freeze_ms"].as_u64().unwrap() > 300, "{check}");
     };
 
+    a_plain_freeze_that_takes_longer_than_a_shortened_compat_lease_fails: |build| {
+        let slow = build.filesystem("ext4", "/slow");
+        build.throttle(&slow, 4_000_000);
+    }, |inside| {
+        if cannot_throttle() {
+            return;
+        }
+        inside.keep_dirty("/slow/file", 5);
+        std::thread::sleep(Duration::from_millis(300));
+        let agent = inside.agent_with_compat_lease(300);
+        // Before it begins, which depends on what the last flush had to write, or while it goes on: then by the budget or by the
+        // lease, which are over together.
+        let codes = ["freeze_would_stall: ", "freeze_over_budget: ", "lease_ended: "];
+        let refusal = agent.refused("guest-fsfreeze-freeze", json!({}));
+        assert!(codes.iter().any(|code| refusal.starts_with(code)), "{refusal}");
+        inside.expect_writable(&["/slow"]);
+    };
+
     an_unfreezable_file_system_is_proven_unwritten_or_named: |build| {
         let device = build.filesystem("squashfs", "/sq");
         std::os::unix::fs::symlink(&device, build.outside("/run/device")).unwrap();
