@@ -20,6 +20,8 @@ use std::time::Duration;
 
 /// How long after the lease's end an agent waits for its guard. Source: `run/frozen.rs`.
 pub(crate) const GUARD_LATE: Duration = Duration::from_millis(300);
+/// How long an agent waits until its guard has set its timer. Source: `freeze/guard.rs`.
+const ARM_MAX: Duration = Duration::from_secs(1);
 /// What invariant 1 allows after the lease or a FIFREEZE in the kernel.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -93,9 +95,11 @@ struct Run {
 #[derive(Clone, Debug)]
 pub(crate) enum Later {
     Quiesce(u64),
+    Armed(u64),
     Kernel(u64, usize),
     LeaseEnds(u64),
     GuardLate(u64),
+    GuardWakes(u64),
     AgentWakes,
     AgentStarts,
 }
@@ -110,6 +114,9 @@ pub(crate) struct Guest {
     up: bool,
     hangs: bool,
     guard: bool,
+    guard_hangs: bool,
+    /// The agent leaves the lease's end to the guard alone: sabotage.
+    pub(crate) trusts_guard: bool,
     /// The guard sleeps through the lease's end: sabotage.
     pub(crate) guard_sleeps: bool,
     /// Bytes for an agent that does not read now.
@@ -144,6 +151,8 @@ impl Guest {
             up: kind != Kind::Nobody,
             hangs: false,
             guard: true,
+            guard_hangs: false,
+            trusts_guard: false,
             guard_sleeps: false,
             unread: Vec::new(),
             run: None,
@@ -198,7 +207,7 @@ impl Guest {
 
     /// Whether agent and guard are such that this is one death and not two.
     pub(crate) fn whole(&self) -> bool {
-        self.up && !self.hangs && self.guard
+        self.up && !self.hangs && self.guard && !self.guard_hangs
     }
 
     /// Bytes arrive at the port. Returns what the agent says.
@@ -317,7 +326,7 @@ impl Guest {
             steps: vec![0; self.filesystems.len()],
             ..Plan::default()
         };
-        self.guard = true;
+        (self.guard, self.guard_hangs) = (true, false);
         self.run = Some(Run {
             number: self.runs,
             evidence: Evidence::new(&arguments.id, arguments.lease_ms, &plan),
@@ -358,10 +367,18 @@ impl Guest {
             Later::Quiesce(number) if self.is_run(*number) => {
                 self.later.push((now + Duration::from_millis(100), what.clone()));
             }
+            Later::Armed(number) if self.is_run(*number) => self.armed(now),
             Later::Kernel(number, at) => self.frozen_by_kernel(*number, *at, now),
             Later::LeaseEnds(number) if self.is_run(*number) => self.lease_ends(*number, now),
             Later::GuardLate(number) if self.is_run(*number) && !self.hangs => {
                 self.end_run(Phase::LeaseEnded, now)
+            }
+            Later::GuardWakes(number) if self.is_run(*number) => {
+                self.guard_hangs = false;
+                let ledger = self.run.as_ref().and_then(|run| run.ledger.as_ref());
+                if ledger.is_some_and(|ledger| ledger.deadline_ns() <= nanoseconds(now)) {
+                    self.lease_ends(*number, now);
+                }
             }
             Later::AgentWakes => {
                 self.hangs = false;
@@ -383,6 +400,10 @@ impl Guest {
 
     fn quiesce(&mut self, now: Duration) {
         let Some(run) = &mut self.run else { return };
+        if self.guard_hangs {
+            // Nothing is taken or frozen before the guard has answered.
+            return self.later.push((now + ARM_MAX, Later::Armed(run.number)));
+        }
         if let Some(application) = &self.application {
             let off = application.policy == Policy::Off || run.wants != Want::Application;
             run.quiesced = (!off && !application.refuses).then_some(application.life);
@@ -405,6 +426,16 @@ impl Guest {
             }
         }
         run.ledger = Some(ledger);
+    }
+
+    /// The guard has had its time to answer.
+    fn armed(&mut self, now: Duration) {
+        if !self.guard_hangs {
+            return self.quiesce(now);
+        }
+        let Some(run) = &mut self.run else { return };
+        run.refusal = Some("guard_failed: the guard process did not set its timer".to_owned());
+        self.end_run(Phase::GuardGone, now);
     }
 
     /// A FIFREEZE returns to the thread that called it, if that still lives.
@@ -444,12 +475,13 @@ impl Guest {
 
     fn lease_ends(&mut self, number: u64, now: Duration) {
         let Some(ledger) = self.run.as_ref().and_then(|run| run.ledger.as_ref()) else { return };
-        if self.guard && !self.guard_sleeps && ledger.end_of_lease(nanoseconds(now)) {
+        let awake = self.guard && !self.guard_hangs && !self.guard_sleeps;
+        if awake && ledger.end_of_lease(nanoseconds(now)) {
             self.thaw_all(Thaw::Guard, now);
             if !self.hangs {
                 self.end_run(Phase::LeaseEnded, now);
             }
-        } else if !self.guard_sleeps {
+        } else if !self.guard_sleeps && !self.trusts_guard {
             self.later.push((now + GUARD_LATE, Later::GuardLate(number)));
         }
     }
@@ -526,6 +558,14 @@ impl Guest {
     pub(crate) fn hang(&mut self, until: Duration) {
         self.hangs = true;
         self.later.push((until, Later::AgentWakes));
+    }
+
+    /// The guard stands still until then, if there is one: it lives no longer than its run.
+    pub(crate) fn hang_guard(&mut self, until: Duration) -> bool {
+        let Some(run) = &self.run else { return false };
+        self.guard_hangs = true;
+        self.later.push((until, Later::GuardWakes(run.number)));
+        true
     }
 
     /// Agent, guard or both are killed. Returns what the agent says before anything else.

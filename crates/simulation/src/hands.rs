@@ -82,12 +82,13 @@ impl SimulatedHands {
     /// The steps while the virtual CPUs stand still, as `Prepared::cut` has them.
     fn cut_steps(&self) -> Result<(), String> {
         let words = |error: MonitorError| error.to_string();
+        self.world.borrow_mut().cutting = true;
         let running = self.world.borrow().qemu.running;
         let stops = running && !self.sabotaged(Sabotage::CutRunning);
         let stopped =
             if stops { self.monitor("stop", |qemu| qemu.running = false).map_err(words) } else { Ok(()) };
         let steps = self.plan.cut_steps();
-        let outcome = stopped.and_then(|()| {
+        let mut outcome = stopped.and_then(|()| {
             steps.iter().try_for_each(|step| self.carry_out(step).map_err(|error| error.to_string()))
         });
         if outcome.is_ok() {
@@ -102,13 +103,14 @@ impl SimulatedHands {
         }
         if running {
             let again = self.monitor("cont", |qemu| qemu.running = true);
-            // The process that holds the monitor's second handle lets them run if this program could not.
+            // The process that holds the monitor's second handle lets them run if this program could not. An owner who
+            // paused the VM meanwhile does so again.
             let mut world = self.world.borrow_mut();
-            if world.qemu.alive {
-                world.qemu.running = true;
-            }
-            again.map_err(words)?;
+            world.qemu.running = world.qemu.alive && !world.is_paused();
+            drop(world);
+            outcome = again.map_err(words).and(outcome);
         }
+        self.world.borrow_mut().cutting = false;
         outcome
     }
 }
@@ -160,6 +162,8 @@ impl Hands for SimulatedHands {
 
     fn cut(&mut self) -> Result<Option<Point>, String> {
         self.cut_steps()?;
+        // If the VM is found paused from now on, its owner did it.
+        self.plan.running = false;
         let world = self.world.borrow();
         let at_ms = u64::try_from(world.now.as_millis()).unwrap_or(0);
         let disks = world.wanted.clone();

@@ -60,8 +60,12 @@ pub enum Fault {
     AgentHangs,
     /// The guard is killed.
     GuardKilled,
+    /// The guard stands still for a while.
+    GuardHangs,
     /// Agent and guard are killed at once.
     BothKilled,
+    /// The guest's owner pauses its VM for a while: the guest's clock stands, the host's goes on.
+    GuestPaused,
     /// The guest is reset.
     GuestReset,
     /// Someone else in the guest thaws a file system.
@@ -92,7 +96,7 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 26] = [
         Self::AnswersLate,
         Self::AnswersTwice,
         Self::AnswersLost,
@@ -103,7 +107,9 @@ impl Fault {
         Self::AgentKilled,
         Self::AgentHangs,
         Self::GuardKilled,
+        Self::GuardHangs,
         Self::BothKilled,
+        Self::GuestPaused,
         Self::GuestReset,
         Self::ForeignThaw,
         Self::SessionLost,
@@ -127,7 +133,10 @@ impl Fault {
                 matches!(step, Step::Prepare | Step::Cut | Step::Copy | Step::Release | Step::Undo)
             }
             Self::SnapshotBreaks => matches!(step, Step::Thaw | Step::Copy),
-            Self::ForeignThaw => matches!(step, Step::Freeze | Step::Cut | Step::Thaw),
+            // A guard lives no longer than its run in the guest.
+            Self::ForeignThaw | Self::GuardHangs => {
+                matches!(step, Step::Freeze | Step::Cut | Step::Thaw)
+            }
             _ => true,
         }
     }

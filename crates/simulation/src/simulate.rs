@@ -153,7 +153,7 @@ fn check(world: &Shared, plan: &Plan, end: &str) {
     let mut wrong = Vec::new();
     {
         let mut world = world.borrow_mut();
-        (world.over, world.doom) = (true, None);
+        (world.over, world.doom, world.cutting) = (true, None, false);
     }
     let manifest = world.borrow().store.manifests.get("new").cloned();
     let kept = manifest.is_some();
@@ -181,10 +181,11 @@ fn check(world: &Shared, plan: &Plan, end: &str) {
     // A program that was killed in the cut left a process that lets the virtual CPUs run.
     {
         let mut world = world.borrow_mut();
-        if world.killed && world.qemu.alive {
+        let ours = world.qemu.alive && !world.is_paused();
+        if world.killed && ours {
             world.qemu.running = true;
         }
-        if world.qemu.alive && !world.qemu.running {
+        if ours && !world.qemu.running {
             wrong.push("the virtual CPUs stand still (invariant 8)".to_owned());
         }
         world.qemu.fault = None;

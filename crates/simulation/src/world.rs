@@ -42,6 +42,8 @@ pub enum Sabotage {
     CutRunning,
     /// The guard sleeps through the lease's end.
     GuardAsleep,
+    /// The agent relies on its guard to thaw when the lease ends.
+    GuardTrusted,
 }
 
 /// Something to happen.
@@ -50,6 +52,8 @@ enum Event {
     ToHost(Vec<u8>, u32),
     Guest(Later),
     Fault(Fault),
+    /// The VM's owner lets it go on.
+    GoesOn,
 }
 
 /// The channel between host and guest.
@@ -103,6 +107,14 @@ impl Store {
 /// Everything.
 pub(crate) struct World {
     pub(crate) now: Duration,
+    /// How long the guest's clock stood, in all the pauses that have begun.
+    stood: Duration,
+    /// When the pause that is now, or was last, ends.
+    goes_on: Duration,
+    /// The disks are being cut.
+    pub(crate) cutting: bool,
+    /// When the last bytes for the guest are there: none overtake others.
+    heard_until: Duration,
     pub(crate) rng: fastrand::Rng,
     events: BTreeMap<(Duration, u64), Event>,
     numbered: u64,
@@ -192,6 +204,7 @@ impl World {
             *takes = Duration::from_millis([1, 5, 40, 40, 300, 300, 1_500, 13_000][rng.usize(..8)]);
         }
         guest.guard_sleeps = sabotage == Some(Sabotage::GuardAsleep);
+        guest.trusts_guard = sabotage == Some(Sabotage::GuardTrusted);
         let base = rng.bool().then(|| "stillpoint-repo-old".to_owned());
         let mut store = Store::default();
         for name in ["first", "second"] {
@@ -201,6 +214,10 @@ impl World {
         }
         Self {
             now: Duration::from_secs(1),
+            stood: Duration::ZERO,
+            goes_on: Duration::ZERO,
+            cutting: false,
+            heard_until: Duration::ZERO,
             events: BTreeMap::new(),
             numbered: 0,
             qemu: Qemu::new(&wanted, base.as_deref()),
@@ -264,13 +281,38 @@ impl World {
     /// What the guest wants to happen later goes into the queue.
     fn gather(&mut self) {
         for (at, later) in std::mem::take(&mut self.guest.later) {
-            self.later(at.max(self.now), Event::Guest(later));
+            // The guest counts by its own clock.
+            let at = at.saturating_add(self.stood);
+            self.later(at.max(self.now).max(self.goes_on), Event::Guest(later));
         }
         self.violations.append(&mut self.guest.violations);
     }
 
+    /// Its owner has paused the VM.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.now < self.goes_on
+    }
+
+    /// The guest's own clock, which stands while the VM is paused.
+    fn guests_now(&self) -> Duration {
+        self.now.max(self.goes_on) - self.stood
+    }
+
+    /// The VM's owner pauses it: what would happen in the guest happens later, by as long as that lasts.
+    fn pause(&mut self, time: Duration) {
+        let inside = |event: &Event| matches!(event, Event::Guest(_) | Event::ToGuest(_));
+        let put_off: Vec<_> = self.events.extract_if(.., |_, event| inside(event)).collect();
+        self.events.extend(
+            put_off.into_iter().map(|((at, number), event)| ((at.saturating_add(time), number), event)),
+        );
+        self.stood += time;
+        self.goes_on = self.now + time;
+        self.qemu.running = false;
+        self.later(self.goes_on, Event::GoesOn);
+    }
+
     fn happens(&mut self, event: Event) {
-        let now = self.now;
+        let now = self.guests_now();
         let said = match event {
             Event::ToGuest(bytes) => self.guest.hears(&bytes, now),
             Event::Guest(later) => {
@@ -286,6 +328,16 @@ impl World {
             }
             Event::Fault(fault) => {
                 self.strike(fault);
+                return;
+            }
+            // Someone who lets the VM go on in those milliseconds tears the cut: what a run sees of that is not modelled.
+            Event::GoesOn if self.cutting => {
+                self.pause(Duration::from_millis(10));
+                return;
+            }
+            Event::GoesOn => {
+                self.note("the VM goes on");
+                self.qemu.running = self.qemu.alive;
                 return;
             }
         };
@@ -306,11 +358,13 @@ impl World {
         if self.wire.faults.contains(&Fault::RequestsLost) && self.rng.u8(..3) > 0 {
             return;
         }
-        let mut at = self.now;
+        // What reaches a VM that is paused waits at its port.
+        let mut at = self.now.max(self.goes_on).max(self.heard_until);
         for piece in self.pieces(bytes) {
             at += Duration::from_micros(self.rng.u64(10..800));
             self.later(at, Event::ToGuest(piece));
         }
+        self.heard_until = at;
     }
 
     fn send_to_host(&mut self, bytes: Vec<u8>) {
@@ -375,12 +429,39 @@ impl World {
         self.faults.retain(|(at, _)| *at != step);
     }
 
+    /// When a fault can strike that cannot now.
+    fn put_off(&self, fault: Fault) -> Option<Duration> {
+        match fault {
+            // Nobody is killed, hangs or thaws in a guest that stands still.
+            Fault::AgentKilled
+            | Fault::AgentHangs
+            | Fault::GuardKilled
+            | Fault::GuardHangs
+            | Fault::BothKilled
+            | Fault::GuestReset
+            | Fault::ForeignThaw
+            | Fault::SessionLost
+                if self.is_paused() =>
+            {
+                Some(self.goes_on)
+            }
+            // In the cut the virtual CPUs are stopped already, and the program would let them run.
+            Fault::GuestPaused if self.qemu.alive && !self.qemu.running && !self.is_paused() => {
+                Some(self.now + Duration::from_millis(10))
+            }
+            _ => None,
+        }
+    }
+
     fn strike(&mut self, fault: Fault) {
         if self.over {
             return;
         }
+        if let Some(later) = self.put_off(fault) {
+            return self.later(later, Event::Fault(fault));
+        }
         self.note(format!("!! {fault}"));
-        let now = self.now;
+        let now = self.guests_now();
         let soon = now + Duration::from_millis(self.rng.u64(50..900));
         let whole = self.guest.whole();
         let mut met = true;
@@ -395,7 +476,7 @@ impl World {
             Fault::LineCut | Fault::LineDead => {
                 self.wire.closed = self.wire.connected;
                 if fault == Fault::LineDead {
-                    self.wire.dead_until = now + Duration::from_millis(self.rng.u64(100..100_000));
+                    self.wire.dead_until = self.now + Duration::from_millis(self.rng.u64(100..100_000));
                 }
             }
             Fault::AgentKilled | Fault::GuardKilled | Fault::BothKilled if whole => {
@@ -406,6 +487,14 @@ impl World {
             Fault::AgentHangs if whole => {
                 let until = now + Duration::from_millis([300, 5_000, 20_000, 90_000][self.rng.usize(..4)]);
                 self.guest.hang(until);
+            }
+            Fault::GuardHangs if whole => {
+                let until = now + Duration::from_millis([300, 5_000, 20_000, 90_000][self.rng.usize(..4)]);
+                met = self.guest.hang_guard(until);
+            }
+            Fault::GuestPaused if self.qemu.running => {
+                let time = Duration::from_millis([300, 5_000, 20_000, 90_000][self.rng.usize(..4)]);
+                self.pause(time);
             }
             Fault::GuestReset => self.guest.reset(soon + Duration::from_secs(5)),
             Fault::ForeignThaw => {
@@ -420,7 +509,7 @@ impl World {
             }
             Fault::HostStalls => {
                 let time = Duration::from_millis([20, 700, 5_000, 15_000, 60_000][self.rng.usize(..5)]);
-                self.advance(now + time, false);
+                self.advance(self.now + time, false);
             }
             Fault::Interrupted => self.cancel.flag().store(true, Ordering::SeqCst),
             Fault::HostKilled => self.doom = Some(Doom::Killed),

@@ -120,3 +120,8 @@ fn a_cut_while_the_guest_runs_is_found() {
 fn a_guard_that_sleeps_through_the_lease_is_found() {
     finds(Sabotage::GuardAsleep, "invariant 1");
 }
+
+#[test]
+fn an_agent_that_relies_on_a_guard_which_hangs_is_found() {
+    finds(Sabotage::GuardTrusted, "invariant 1");
+}
