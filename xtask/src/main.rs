@@ -97,7 +97,7 @@ fn test() -> Result<(), String> {
 /// What CI runs; then the tests that are marked `#[ignore = "long: …"]`, and every test of the guests on a later QEMU.
 fn test_long() -> Result<(), String> {
     let mut stages = Stages::new();
-    let (targets, parts, later) = quick_tests(&mut stages)?;
+    let Tested { targets, parts, packages, later } = quick_tests(&mut stages)?;
     stages.run("packages of agent and host", packages::all)?;
     stages.run("long tests", || targets.without_guests(&["--ignored"]))?;
     stages.run("simulation, 10,000 schedules", || {
@@ -106,18 +106,26 @@ fn test_long() -> Result<(), String> {
             .run()
     })?;
     stages.run("fuzz targets compile", fuzz::check)?;
-    stages.run("long tests in real guests", || targets.in_guests(&parts, &["--ignored"], &[]))?;
+    stages.run("long tests in real guests", || targets.in_guests(&parts, &packages, &["--ignored"], &[]))?;
     stages.run("tests in real guests on the later QEMU", || {
         let path = later_qemu::path_with(&later);
-        targets.in_guests(&parts, &["--include-ignored"], &[("PATH", &path)])
+        targets.in_guests(&parts, &packages, &["--include-ignored"], &[("PATH", &path)])
     })?;
     stages.run("dependencies", || check::dependencies(true))?;
     stages.report();
     Ok(())
 }
 
-/// Returns what there is to test, the guest's parts, and the folder of the later QEMU.
-fn quick_tests(stages: &mut Stages) -> Result<(Targets, guest::Parts, PathBuf), String> {
+/// What the quick tests needed, and the long ones need again.
+struct Tested {
+    targets: Targets,
+    parts: guest::Parts,
+    packages: packages::Parts,
+    /// The folder of the later QEMU.
+    later: PathBuf,
+}
+
+fn quick_tests(stages: &mut Stages) -> Result<Tested, String> {
     stages.run("setup", setup::setup)?;
     stages.run("check", check::check)?;
     let stock = stages.run("stock agents", || Ok(stock_agents::what_can_be_had()))?;
@@ -126,10 +134,8 @@ fn quick_tests(stages: &mut Stages) -> Result<(Targets, guest::Parts, PathBuf), 
     let parts = stages.run("guest image, agent and load", guest::parts)?;
     // The tests run the program as a user does, so it must be there beside them.
     stages.run("build", || cargo(&["build", "--quiet", "--workspace", "--bin", "stillpoint"]).run())?;
-    let packages = stages.run("packages, and libvirt", packages::parts)?.to_string();
-    stages.run("tests in real guests", || {
-        targets.in_guests(&parts, &[], &[("STILLPOINT_PACKAGES", &packages)])
-    })?;
+    let packages = stages.run("packages, and libvirt", packages::parts)?;
+    stages.run("tests in real guests", || targets.in_guests(&parts, &packages, &[], &[]))?;
     let later = stages.run("a later QEMU", later_qemu::programs)?;
     let path = later_qemu::path_with(&later);
     stages.run("what speaks with QEMU, with the later one", || {
@@ -139,7 +145,7 @@ fn quick_tests(stages: &mut Stages) -> Result<(Targets, guest::Parts, PathBuf), 
             .env("PATH", &path)
             .run()
     })?;
-    Ok((targets, parts, later))
+    Ok(Tested { targets, parts, packages, later })
 }
 
 /// Runs the demo: program and guest as they are delivered.

@@ -5,6 +5,7 @@
 
 use crate::guest::Parts;
 use crate::lanes;
+use crate::packages;
 use crate::stage::{Program, cargo};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -56,9 +57,12 @@ impl Targets {
     }
 
     /// Everything that needs a guest, with more words for the tests and more in their environment.
+    ///
+    /// A test that is not told of the parts asks xtask itself, and waits for cargo's locks: in each lane, once more.
     pub(crate) fn in_guests(
         &self,
         parts: &Parts,
+        packages: &packages::Parts,
         words: &[&str],
         environment: &[(&str, &str)],
     ) -> Result<(), String> {
@@ -66,7 +70,9 @@ impl Targets {
         cargo(&[&["test", "--workspace", "--no-run"], &which[..]].concat()).run()?;
         let of = |name: &String| {
             let test = tests(std::slice::from_ref(name), &[IN_GUESTS, words].concat());
-            let test = test.env("STILLPOINT_GUEST", &parts.to_string());
+            let test = test
+                .env("STILLPOINT_GUEST", &parts.to_string())
+                .env("STILLPOINT_PACKAGES", &packages.to_string());
             environment.iter().fold(test, |test, (name, value)| test.env(name, value))
         };
         lanes::run(self.in_guests.iter().map(of).collect())
