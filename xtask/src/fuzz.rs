@@ -48,7 +48,7 @@ pub(crate) fn check() -> Result<(), String> {
 }
 
 /// Names of the targets: the files in `fuzz/fuzz_targets`.
-fn targets() -> Result<Vec<String>, String> {
+pub(crate) fn targets() -> Result<Vec<String>, String> {
     let folder = root().join("fuzz/fuzz_targets");
     let files = fs::read_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     let names = files.flatten().filter_map(|file| file.file_name().into_string().ok());

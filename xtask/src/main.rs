@@ -24,7 +24,7 @@ const USAGE: &str = "\
 cargo xtask COMMAND
 
   check          format, lints, dependencies, and what documents name
-  tidy           only the paths and tests that documents name
+  tidy           only what documents name, and what no source may do
   test           check, unit tests, the guest image, tests in real guests: what CI runs
   test-long      test, and what takes longer than a change should wait for
   demo           a working guest, its snapshots, and the proof [--sabotage no-freeze|drop-frame]

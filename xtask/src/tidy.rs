@@ -1,6 +1,8 @@
-//! Documents stay true: every path that one names in backticks exists, so does every test that a promise leans on, and
-//! every reason that the code gives is explained.
+//! Documents stay true: every path that one names in backticks exists, so does every test that a promise leans on, every
+//! reason that the code gives is explained, every fuzz target is named where promises are, and nothing is decided by a QEMU's
+//! version.
 
+use crate::fuzz;
 use crate::stage::{program, root};
 use std::collections::HashSet;
 use std::fs;
@@ -28,6 +30,8 @@ pub(crate) fn tidy() -> Result<(), String> {
         }
     }
     lost.extend(unexplained(&tracked)?);
+    lost.extend(unnamed(&fuzz::targets()?, &read(SPECIFICATION)?));
+    lost.extend(by_version(&tracked)?);
     if lost.is_empty() {
         Ok(())
     } else {
@@ -38,17 +42,36 @@ pub(crate) fn tidy() -> Result<(), String> {
 /// Where a receipt's reasons are explained.
 const REASONS: &str = "docs/reasons.md";
 
+/// Where promises stand.
+const SPECIFICATION: &str = "SPECIFICATION.md";
+
+/// A file of the checkout, as text.
+fn read(path: &str) -> Result<String, String> {
+    fs::read_to_string(root().join(path)).map_err(|error| format!("{path}: {error}"))
+}
+
+/// The sources in these crates that are delivered, by path, each up to its tests.
+fn shipped<'t>(tracked: &'t str, crates: &[&str]) -> Result<Vec<(&'t str, String)>, String> {
+    let is_ours = |path: &&str| {
+        let rest = crates.iter().find_map(|folder| path.strip_prefix(folder));
+        rest.is_some_and(|rest| rest.contains("/src/")) && path.ends_with(".rs")
+    };
+    let paths = tracked.lines().filter(is_ours).filter(|path| root().join(path).exists());
+    paths
+        .map(|path| {
+            let mut source = read(path)?;
+            source.truncate(source.find("#[cfg(test)]").unwrap_or(source.len()));
+            Ok((path, source))
+        })
+        .collect()
+}
+
 /// Codes of reasons in our sources that `docs/reasons.md` does not have.
 fn unexplained(tracked: &str) -> Result<Vec<String>, String> {
-    let read = |path: &str| fs::read_to_string(root().join(path)).map_err(|error| format!("{path}: {error}"));
     let document = read(REASONS)?;
-    let is_ours =
-        |path: &&str| path.starts_with("crates/") && path.contains("/src/") && path.ends_with(".rs");
     let mut missing = Vec::new();
-    for path in tracked.lines().filter(is_ours).filter(|path| root().join(path).exists()) {
-        let source = read(path)?;
-        let shipped = source.split("#[cfg(test)]").next().unwrap_or_default();
-        let unknown = codes(shipped).filter(|code| !document.contains(&format!("`{code}`")));
+    for (path, source) in shipped(tracked, &["crates"])? {
+        let unknown = codes(&source).filter(|code| !document.contains(&format!("`{code}`")));
         missing.extend(unknown.map(|code| format!("{path}: `{code}` is not in {REASONS}")));
     }
     Ok(missing)
@@ -59,6 +82,53 @@ fn codes(source: &str) -> impl Iterator<Item = &str> {
     let calls = ["Reason::new(", "Note::new(", "Answer::failed("];
     let after = calls.into_iter().flat_map(|call| source.split(call).skip(1));
     after.filter_map(|rest| rest.trim_start().strip_prefix('"')?.split('"').next())
+}
+
+/// Fuzz targets that no promise leans on.
+fn unnamed(targets: &[String], specification: &str) -> Vec<String> {
+    let is_named = |target: &&String| specification.contains(&format!("`fuzz/fuzz_targets/{target}.rs`"));
+    let missing = targets.iter().filter(|target| !is_named(target));
+    missing.map(|target| format!("{SPECIFICATION} does not name `fuzz/fuzz_targets/{target}.rs`")).collect()
+}
+
+/// What speaks with QEMU. Differences between QEMUs are discovered by schema.
+const SPEAK_WITH_QEMU: [&str; 3] = ["crates/qmp", "crates/vm", "crates/engine"];
+/// How a QEMU's version could come to be known there.
+const VERSION: [&str; 8] = [
+    "qemu_version",
+    "greeting().version",
+    "greeting().package",
+    "greeting.version",
+    "greeting.package",
+    "query-version",
+    "QueryVersion",
+    "--version",
+];
+/// What is done with it: it is shown to people, by another crate.
+const VERSION_SHOWN: [&str; 2] =
+    ["pub qemu_version: String,", "qemu_version: monitor.greeting().version.clone(),"];
+
+/// Places that ask for a QEMU's version, and so could decide by it.
+fn by_version(tracked: &str) -> Result<Vec<String>, String> {
+    let mut found = Vec::new();
+    for (path, source) in shipped(tracked, &SPEAK_WITH_QEMU)? {
+        let lines = versions(&source).into_iter();
+        found.extend(
+            lines.map(|line| format!("{path}:{line}: asks for QEMU's version; features are found by schema")),
+        );
+    }
+    Ok(found)
+}
+
+/// The lines of a source that ask for the version, except to show it; what comments say is no matter.
+fn versions(source: &str) -> Vec<usize> {
+    let asks = |line: &str| {
+        let line = line.trim_start();
+        !line.starts_with("//")
+            && !VERSION_SHOWN.contains(&line)
+            && VERSION.iter().any(|word| line.contains(word))
+    };
+    source.lines().enumerate().filter(|(_, line)| asks(line)).map(|(index, _)| index + 1).collect()
 }
 
 /// The paths in backticks, with their lines; code blocks are no prose.
@@ -144,6 +214,33 @@ mod tests {
             assert!(!has_test(source, none), "{none}");
         }
         assert!(!has_test("Struct {\n    field: 1,\n}", "field"));
+    }
+
+    #[test]
+    fn a_fuzz_target_that_no_promise_leans_on_is_told() {
+        let targets = ["receipt".to_owned(), "journal".to_owned()];
+        let text = "| 9 | limits | `fuzz/fuzz_targets/receipt.rs`, `receipt`, fuzz/fuzz_targets/journal.rs |";
+        assert_eq!(
+            unnamed(&targets, text),
+            ["SPECIFICATION.md does not name `fuzz/fuzz_targets/journal.rs`"]
+        );
+        assert_eq!(unnamed(&targets[..1], text), [""; 0]);
+    }
+
+    #[test]
+    fn whoever_asks_a_qemu_for_its_version_other_than_to_show_it_is_told() {
+        let shows = "    /// QEMU's version, as in `query-version`.\n    pub qemu_version: String,\n\
+                     \x20       qemu_version: monitor.greeting().version.clone(),\n";
+        assert_eq!(versions(shows), [0; 0]);
+        let decides = [
+            "if monitor.greeting().version.starts_with('7') {",
+            "let old = definition.qemu_version < limit;",
+            "let Greeting { version, .. } = greeting; // query-version",
+            "Command::new(qemu).arg(\"--version\")",
+        ];
+        for line in decides {
+            assert_eq!(versions(&format!("fn f() {{\n    {line}\n")), [2], "{line}");
+        }
     }
 
     #[test]
