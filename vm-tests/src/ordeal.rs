@@ -3,10 +3,12 @@
 use crate::gate::Gate;
 use crate::guest::{Guest, GuestBuilder};
 use crate::stillpoint::{Ended, Running, Stillpoint};
+use guest_protocol::stillpoint::{GuestReport, State};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
+use vm::agent::Agent;
 use vm::monitor::Monitor;
 
 /// For what an idle machine does in a second or two.
@@ -15,6 +17,8 @@ const LIMIT: Duration = Duration::from_secs(30);
 const STEP_LIMIT: Duration = Duration::from_secs(180);
 /// How long a session of ours may outlast its run in PostgreSQL. A server looks after a dead client once a second.
 const SESSION_LIMIT: Duration = Duration::from_secs(20);
+/// Longest quiesce for a host that knows no phases: half of the agent's `compat_quiesce`.
+const COMPAT_QUIESCE: Duration = Duration::from_secs(5);
 /// When a guest is killed, whatever comes. The long run dies each death three times.
 const LIFETIME: Duration = Duration::from_secs(90 * 60);
 /// Levels, lowest first.
@@ -247,6 +251,22 @@ impl Ordeal {
         assert!(frozen <= limit, "frozen for {frozen:?}, and {limit:?} is promised");
     }
 
+    /// What the guest says of its last run, as soon as none holds it any more.
+    ///
+    /// # Panics
+    /// If a run goes on holding it, or its agent knows of none.
+    #[track_caller]
+    pub fn last_run(&self) -> GuestReport {
+        let mut last = None;
+        self.until("the end of the guest's run", || {
+            let agent = Agent::connect(&self.guest.agent_socket(), LIMIT);
+            let status = agent.and_then(|mut agent| agent.stillpoint_status());
+            last = status.ok().filter(|status| status.state == State::Thawed).and_then(|status| status.last);
+            last.is_some()
+        });
+        last.unwrap_or_default()
+    }
+
     /// Its owner pauses the VM.
     ///
     /// # Panics
@@ -291,6 +311,12 @@ impl Ordeal {
         let thawed = lines.next().expect("an answer to the thaw");
         println!("   {thawed} after {:.1?}", asked.elapsed());
         assert!(thawed.starts_with("{\"return\": "), "{thawed}");
+        assert!(asked.elapsed() < COMPAT_QUIESCE, "the thaw waited for the quiesce: {:?}", asked.elapsed());
+        drop(stream);
+        // By the guest's own clock: a quiesce that was not given up had all of its time.
+        let quiesced = Duration::from_millis(self.last_run().quiesce_ms);
+        println!("   given up after {quiesced:.1?} in the quiesce");
+        assert!(quiesced < COMPAT_QUIESCE, "the quiesce was not given up: {quiesced:?}");
     }
 
     /// Takes the gate away from the monitor, whose other end is then QEMU's own process, as for a user.

@@ -13,6 +13,11 @@ const AT_ONCE: Duration = Duration::from_secs(10);
 const LONG_LEASE_S: u32 = 60;
 /// Of the runs that nobody thaws.
 const LEASE_S: u32 = 3;
+/// Longest time until its guard ends an agent that hangs in the quiesce: hooks and modules have 10 s each, which is what the
+/// engine asks for, and a step may end 5 s late (`run/walk.rs` of the agent).
+const HANG_ENDED: Duration = Duration::from_secs(2 * 10 + 5);
+/// For the rest of a run whose agent is back: it thaws, cuts, and copies an increment. Emulated, on a busy machine.
+const REST_OF_RUN: Duration = Duration::from_secs(30);
 /// Invariant 1.
 const LEASE_AND_A_SECOND: Duration = Duration::from_secs(LEASE_S as u64 + 1);
 
@@ -102,6 +107,7 @@ fn deaths_in_the_guest(extent: Extent) {
         ordeal.guest.exec(&Victim::Agent.hung()).success();
         ordeal.is_worth_at_most(run, "crash");
         println!("   over after {:.1?}", hung.elapsed());
+        assert!(hung.elapsed() <= HANG_ENDED + REST_OF_RUN, "the guard let it hang for {:?}", hung.elapsed());
         ordeal.release_quiesce();
         ordeal.is_untouched();
         ordeal.is_over();
