@@ -5,6 +5,8 @@ use crate::guest::{Guest, GuestBuilder};
 use crate::stillpoint::{Ended, Running, Stillpoint};
 use guest_protocol::stillpoint::{GuestReport, State};
 use serde_json::{Value, json};
+use snapshot::{Level, Receipt};
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -105,6 +107,8 @@ pub struct Ordeal {
     extent: Extent,
     untouched: Vec<String>,
     kept: usize,
+    /// Snapshots whose level was compared with their evidence.
+    weighed: BTreeSet<String>,
     deaths: usize,
     steps: usize,
     /// Of guests before this one, with the disks that it uses.
@@ -134,6 +138,7 @@ impl Ordeal {
             extent,
             untouched: vec![],
             kept,
+            weighed: BTreeSet::new(),
             deaths: 0,
             steps: 0,
             folders: vec![],
@@ -437,13 +442,23 @@ impl Ordeal {
         assert_eq!(self.guest.block_graph().shape(), self.untouched);
     }
 
-    /// Asserts that there are as many snapshots as there should be, all of them sound.
+    /// Asserts that there are as many snapshots as there should be, all of them sound, and none worth more than its evidence.
     ///
     /// # Panics
     /// If not.
     #[track_caller]
-    fn verify(&self) {
+    fn verify(&mut self) {
         self.stillpoint.assert_sound(self.kept);
+        let listed = self.stillpoint.must(&["snapshots"]);
+        let listed = listed["snapshots"].as_array().expect("a list");
+        assert_eq!(listed.len(), self.kept, "{listed:?}");
+        for snapshot in listed {
+            let id = snapshot["snapshot"].as_str().expect("an id");
+            if self.weighed.insert(id.to_owned()) {
+                let shown = self.stillpoint.run(&["show", id]).and_then(Ended::success).expect("a receipt");
+                within_evidence(snapshot, &shown).unwrap_or_else(|why| panic!("{id}: {why}\n{shown}"));
+            }
+        }
     }
 
     /// A run that died may have sealed its snapshot just before: counts what is there, which must be the same or one more.
@@ -478,7 +493,43 @@ fn put_to_work(guest: &Guest) {
     guest.start_load();
 }
 
+/// Whether neither the level that a snapshot was stored with nor the one that is shown for it exceeds what its receipt has
+/// evidence for, by rules that share nothing with those that computed it.
+fn within_evidence(listed: &Value, shown: &Value) -> Result<(), String> {
+    let receipt: Receipt = serde_json::from_value(shown["receipt"].clone()).map_err(|why| why.to_string())?;
+    let most = evidence::most(&receipt);
+    for (how, told) in [("stored", &listed["level"]), ("shown", &shown["level"])] {
+        let level = told.as_str().and_then(|level| level.parse::<Level>().ok());
+        let level = level.ok_or_else(|| format!("{how} with no level: {told}"))?;
+        if level > most {
+            return Err(format!("{how} as {level}, its evidence is worth {most}"));
+        }
+    }
+    Ok(())
+}
+
 /// The codes of the reasons in what a run printed.
 fn reasons(taken: &Value) -> impl Iterator<Item = &str> {
     taken["reasons"].as_array().into_iter().flatten().filter_map(|reason| reason["code"].as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_above_its_evidence_is_told_whether_stored_or_shown() {
+        let receipt = json!({
+            "vm": "db1", "run": "run1", "disks": [{ "name": "root" }],
+            "point": { "vcpus_stopped": true, "disks": ["root"] }
+        });
+        let compare = |stored: &str, shown: &str| {
+            within_evidence(&json!({ "level": stored }), &json!({ "level": shown, "receipt": receipt }))
+        };
+        assert_eq!(compare("crash", "crash"), Ok(()));
+        assert_eq!(compare("none", "crash"), Ok(()));
+        assert!(compare("filesystem", "crash").unwrap_err().starts_with("stored as filesystem"));
+        assert!(compare("crash", "application").unwrap_err().starts_with("shown as application"));
+        assert!(compare("", "crash").is_err());
+    }
 }

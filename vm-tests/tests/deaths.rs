@@ -27,7 +27,8 @@ const AFTER_THE_POINT: At = At::Asked("stillpoint-thaw");
 const SESSION: &str = "^postgres: .*postgres postgres .local.";
 
 fn begin(extent: Extent) -> Ordeal {
-    Ordeal::begin(Guest::builder(), Stillpoint::new().expect("a repository"), extent)
+    // By a key file: a passphrase takes a second by design, and hundreds of commands are run.
+    Ordeal::begin(Guest::builder(), Stillpoint::with_key_file().expect("a repository"), extent)
 }
 
 #[test]
