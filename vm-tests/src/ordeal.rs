@@ -421,7 +421,8 @@ impl Ordeal {
         self.verify();
     }
 
-    /// Takes a snapshot, which has to be application-consistent, and leave QEMU as the first one did.
+    /// Takes a snapshot, which has to be application-consistent, leave QEMU as the first one did, and leave nothing on the
+    /// host, of itself or of a run that died before.
     ///
     /// # Panics
     /// If it is not, or does not.
@@ -431,6 +432,11 @@ impl Ordeal {
         assert_eq!(taken["level"], "application", "{taken}");
         self.kept += 1;
         self.is_untouched();
+        for folder in ["scratch", "journal"] {
+            let entries = std::fs::read_dir(self.stillpoint.state().join(folder)).expect("a folder");
+            let left: Vec<_> = entries.map(|entry| entry.expect("an entry").file_name()).collect();
+            assert!(left.is_empty(), "left on the host, in {folder}: {left:?}");
+        }
     }
 
     /// Asserts that QEMU's block layer is as after the first snapshot.

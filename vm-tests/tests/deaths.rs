@@ -3,6 +3,7 @@
 //!
 //! A quarter of the deaths are died once where a change waits for it, each of them three times in the long run.
 
+use guest_protocol::stillpoint::{GuestReport, ThawCause};
 use rustix::process::Signal;
 use std::time::{Duration, Instant};
 use vm_tests::{At, Extent, Guest, Ordeal, Stillpoint, Victim, signal};
@@ -170,7 +171,10 @@ fn deaths_of_the_host_program(extent: Extent) {
             run.signal(Signal::KILL);
             assert_eq!(run.wait().expect("it ends").code(), -1);
             ordeal.agent.pass();
-            died(&mut ordeal);
+            let last = died(&mut ordeal);
+            if [At::Asked("stillpoint-freeze"), FROZEN].contains(&at) {
+                assert_eq!(last.thawed_by, ThawCause::LeaseEnded, "nobody else is there to thaw: {last:?}");
+            }
         }
         println!("-- {round}: killed while the manifest is written");
         let manifests = ordeal.stillpoint.repository().join("manifests");
@@ -186,11 +190,22 @@ fn deaths_of_the_host_program(extent: Extent) {
     }
 }
 
-/// The program is dead.
-fn died(ordeal: &mut Ordeal) {
+/// The program is dead. Answers what the guest says of its last run: the dead one, if that came to its freeze.
+fn died(ordeal: &mut Ordeal) -> GuestReport {
     ordeal.thaws_within(LEASE_AND_A_SECOND, "true");
+    // The clock above begins after the death; the guest's own begins with the freeze.
+    let last = ended_with_its_lease(ordeal);
     ordeal.count_again();
     ordeal.is_over();
+    last
+}
+
+/// What the guest says of its last run, which was frozen for no longer than invariant 1 allows.
+fn ended_with_its_lease(ordeal: &Ordeal) -> GuestReport {
+    let last = ordeal.last_run();
+    println!("   its run {} was frozen for {} ms: {:?}", last.id, last.frozen_ms, last.thawed_by);
+    assert!(u128::from(last.frozen_ms) <= LEASE_AND_A_SECOND.as_millis(), "{last:?}");
+    last
 }
 
 #[test]
