@@ -427,7 +427,7 @@ impl Ordeal {
     /// # Panics
     /// If it is not, or does not.
     #[track_caller]
-    fn next_run_is_whole(&mut self) {
+    pub fn next_run_is_whole(&mut self) {
         let taken = self.stillpoint.must(&["snapshot", "db1"]);
         assert_eq!(taken["level"], "application", "{taken}");
         self.kept += 1;

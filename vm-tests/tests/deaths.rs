@@ -307,6 +307,32 @@ fn silences(extent: Extent) {
             ordeal.is_over();
         }
 
+        if ordeal.takes() {
+            println!("-- {round}: paused by its owner in the quiesce, until its host has given up");
+            ordeal.hold_quiesce();
+            let run = ordeal.run(LEASE_S);
+            ordeal.come_to_quiesce();
+            ordeal.pause();
+            run.signal(Signal::INT);
+            let began = Instant::now();
+            // A guest that stands hears no thaw, and the host tries for a minute.
+            let ended = run.wait().expect("it ends");
+            println!("   the run ended {:.1?} later:\n{}", began.elapsed(), ended.stderr.trim_end());
+            ended.assert_refused(130, "interrupted");
+            assert_eq!(
+                ordeal.guest.block_graph().count("state \"paused\""),
+                1,
+                "it stays as its owner left it"
+            );
+            ordeal.go_on();
+            ordeal.release_quiesce();
+            // Nobody has told the guest, so its run goes on, and ends with its lease.
+            ended_with_its_lease(&ordeal);
+            ordeal.is_untouched();
+            ordeal.is_over();
+            ordeal.next_run_is_whole();
+        }
+
         println!("-- {round}: a host that waits no longer for its freeze, syncs and thaws");
         ordeal.hold_quiesce();
         ordeal.impatient_host();
