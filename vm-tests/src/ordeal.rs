@@ -21,6 +21,10 @@ const STEP_LIMIT: Duration = Duration::from_secs(180);
 const SESSION_LIMIT: Duration = Duration::from_secs(20);
 /// Longest quiesce for a host that knows no phases: half of the agent's `compat_quiesce`.
 const COMPAT_QUIESCE: Duration = Duration::from_secs(5);
+/// Of a disk on which a flush does not end: a page takes four seconds.
+const SLOW_BYTES_PER_S: u32 = 1024;
+/// The number of `syncfs`. Source: Linux `arch/x86/entry/syscalls/syscall_64.tbl`.
+const SYNCFS: u32 = 306;
 /// When a guest is killed, whatever comes. The long run dies each death three times.
 const LIFETIME: Duration = Duration::from_secs(90 * 60);
 /// Levels, lowest first.
@@ -71,10 +75,12 @@ impl Victim {
 #[must_use]
 pub fn signal(pattern: &str, signals: &[&str]) -> String {
     let sent: Vec<String> = signals.iter().map(|signal| format!("kill -{signal} $pids")).collect();
-    format!(
-        "pids=$(grep -lzE '{pattern}' /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3); [ -n \"$pids\" ] && {}",
-        sent.join(" && ")
-    )
+    format!("pids={}; [ -n \"$pids\" ] && {}", pids(pattern), sent.join(" && "))
+}
+
+/// For a shell in the guest: every process with such a word in its command line.
+fn pids(pattern: &str) -> String {
+    format!("$(grep -lzE '{pattern}' /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3)")
 }
 
 /// How much of an ordeal a guest goes through.
@@ -228,6 +234,52 @@ impl Ordeal {
             .sql("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'keeper'");
     }
 
+    /// Starts a run that does not get beyond its flush after the quiesce: the data disk takes no more than some bytes a second
+    /// from then on, until [`Ordeal::release_flush`].
+    ///
+    /// # Panics
+    /// If it does not come so far.
+    #[track_caller]
+    pub fn run_to_flush(&self, lease_s: u32) -> Running {
+        self.hold_quiesce();
+        let dirty = "dd if=/dev/zero of=/var/lib/postgresql/dirty bs=1M count=32";
+        self.guest.exec(dirty).success();
+        let mut run = self.run(lease_s);
+        // The quiesce makes the server write, and so the disk is slow only afterwards.
+        self.come_to_quiesce();
+        self.throttle_data_disk(SLOW_BYTES_PER_S);
+        self.release_quiesce();
+        // That a thread of the agent's is in `syncfs` is what its kernel says.
+        let flushes = format!(
+            "for pid in {}; do grep -q '^{SYNCFS} ' /proc/$pid/task/*/syscall && exit; done; exit 1",
+            pids(Victim::Agent.pattern())
+        );
+        self.until("the flush", || {
+            assert!(!run.has_ended(), "the run ended before its flush");
+            self.guest.exec(&flushes).code == 0
+        });
+        run
+    }
+
+    /// Lets the data disk be as fast as it is.
+    ///
+    /// # Panics
+    /// If QEMU does not answer.
+    #[track_caller]
+    pub fn release_flush(&self) {
+        self.throttle_data_disk(0);
+    }
+
+    /// 0: as fast as it is.
+    #[track_caller]
+    fn throttle_data_disk(&self, written_bytes_per_s: u32) {
+        let limits = json!({
+            "id": "/machine/peripheral/disk-data/virtio-backend", "bps": 0, "bps_rd": 0,
+            "bps_wr": written_bytes_per_s, "iops": 0, "iops_rd": 0, "iops_wr": 0
+        });
+        self.tell_qemu("block_set_io_throttle", &limits);
+    }
+
     /// Carries out a deed in the guest, and answers how long afterwards, by the guest's own clock, both of its file
     /// systems could be written to.
     ///
@@ -278,7 +330,7 @@ impl Ordeal {
     /// If QEMU does not answer.
     #[track_caller]
     pub fn pause(&self) {
-        self.tell_qemu("stop");
+        self.tell_qemu("stop", &json!({}));
     }
 
     /// Its owner lets the VM go on.
@@ -287,12 +339,13 @@ impl Ordeal {
     /// If QEMU does not answer.
     #[track_caller]
     pub fn go_on(&self) {
-        self.tell_qemu("cont");
+        self.tell_qemu("cont", &json!({}));
     }
 
-    fn tell_qemu(&self, command: &str) {
+    #[track_caller]
+    fn tell_qemu(&self, command: &str, arguments: &Value) {
         let monitor = Monitor::connect(&self.guest.second_qmp_socket(), LIMIT);
-        let told = monitor.and_then(|mut monitor| monitor.run_raw(command, &json!({}), LIMIT));
+        let told = monitor.and_then(|mut monitor| monitor.run_raw(command, arguments, LIMIT));
         told.expect("QEMU answers");
     }
 

@@ -17,6 +17,8 @@ const LEASE_S: u32 = 3;
 /// Longest time until its guard ends an agent that hangs in the quiesce: hooks and modules have 10 s each, which is what the
 /// engine asks for, and a step may end 5 s late (`run/walk.rs` of the agent).
 const HANG_ENDED: Duration = Duration::from_secs(2 * 10 + 5);
+/// The same for the flush after the quiesce, which has what is left of the 120 s of a run's preparations.
+const FLUSH_HANG_ENDED: Duration = Duration::from_secs(120 + 5);
 /// For the rest of a run whose agent is back: it thaws, cuts, and copies an increment. Emulated, on a busy machine.
 const REST_OF_RUN: Duration = Duration::from_secs(30);
 /// Invariant 1.
@@ -98,6 +100,28 @@ fn deaths_in_the_guest(extent: Extent) {
             // A guard's work is done by then.
             let most = if victim == Victim::Guard { "application" } else { "filesystem" };
             ordeal.is_worth_at_most(run, most);
+            ordeal.is_untouched();
+            ordeal.is_over();
+        }
+        for (victim, hangs) in
+            [(Victim::Agent, false), (Victim::Guard, false), (Victim::Guard, true), (Victim::Agent, true)]
+        {
+            // Nothing is locked or frozen in that flush, so an agent that hangs in it is let live for two minutes: once is enough.
+            if !ordeal.takes() || (round > 1 && hangs && victim == Victim::Agent) {
+                continue;
+            }
+            let (name, deed) = if hangs { ("hangs", victim.hung()) } else { ("is killed", victim.killed()) };
+            println!("-- {round}: {victim:?} {name} in the flush after the quiesce");
+            let run = ordeal.run_to_flush(LONG_LEASE_S);
+            let began = Instant::now();
+            ordeal.guest.exec(&deed).success();
+            ordeal.release_flush();
+            ordeal.thaws_within(AT_ONCE, "true");
+            ordeal.is_worth_at_most(run, "crash");
+            // A host gives up on an agent that hangs earlier than its guard does.
+            let last = ordeal.last_run();
+            println!("   over after {:.1?}, {:?}", began.elapsed(), last.thawed_by);
+            assert!(began.elapsed() <= FLUSH_HANG_ENDED + REST_OF_RUN, "it takes {:?}", began.elapsed());
             ordeal.is_untouched();
             ordeal.is_over();
         }
