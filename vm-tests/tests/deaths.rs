@@ -350,7 +350,8 @@ fn silences(extent: Extent) {
             );
             ordeal.go_on();
             ordeal.release_quiesce();
-            // Nobody has told the guest, so its run goes on, and ends with its lease.
+            // Nobody has told the guest, so its run goes on, and ends with its lease. Asking for it covers a defect: whoever speaks
+            // first on the channel after this is not answered in the 5 s that a run waits, and a run would find no agent.
             ended_with_its_lease(&ordeal);
             ordeal.is_untouched();
             ordeal.is_over();
