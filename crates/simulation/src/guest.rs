@@ -400,8 +400,11 @@ impl Guest {
 
     fn quiesce(&mut self, now: Duration) {
         let Some(run) = &mut self.run else { return };
+        // Nothing is taken or frozen before the guard has answered.
+        if !self.guard {
+            return self.unguarded(now);
+        }
         if self.guard_hangs {
-            // Nothing is taken or frozen before the guard has answered.
             return self.later.push((now + ARM_MAX, Later::Armed(run.number)));
         }
         if let Some(application) = &self.application {
@@ -430,9 +433,10 @@ impl Guest {
 
     /// The guard has had its time to answer.
     fn armed(&mut self, now: Duration) {
-        if !self.guard_hangs {
-            return self.quiesce(now);
-        }
+        if self.guard_hangs { self.unguarded(now) } else { self.quiesce(now) }
+    }
+
+    fn unguarded(&mut self, now: Duration) {
         let Some(run) = &mut self.run else { return };
         run.refusal = Some("guard_failed: the guard process did not set its timer".to_owned());
         self.end_run(Phase::GuardGone, now);
