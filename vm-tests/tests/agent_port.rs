@@ -3,6 +3,8 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
+use vm::agent::Agent;
+use vm::monitor::Monitor;
 use vm_tests::Guest;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -71,6 +73,25 @@ fn d20_d21_the_agent_serves_one_host_after_the_other_and_sleeps_in_between() {
         let answer = format!("{{\"return\": {round}}}");
         while !read(&mut port).ends_with(&answer) {}
     }
+
+    // Hosts that come and go while the VM stands still, each with words that nobody reads.
+    let tell = |command: &str| {
+        let mut monitor = Monitor::connect(&guest.second_qmp_socket(), LIMIT).expect("a monitor");
+        monitor.run_raw(command, &serde_json::json!({}), LIMIT).expect("QEMU obeys");
+    };
+    tell("stop");
+    for round in 100..110 {
+        let mut port = Port::open(&guest);
+        let sync = format!(r#"{{"execute":"guest-sync-delimited","arguments":{{"id":{round}}}}}"#);
+        port.send(&sync).send(&sync).send(r#"{"execute": "guest-in"#);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    tell("cont");
+    let asked = Instant::now();
+    let answered = Agent::connect(&guest.agent_socket(), LIMIT);
+    println!("answered {:.1?} after a pause", asked.elapsed());
+    drop(answered.expect("the first to ask is answered"));
+    assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
 
     println!("20 hurried hosts after {:.1?}", begin.elapsed());
 

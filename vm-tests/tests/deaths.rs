@@ -350,8 +350,9 @@ fn silences(extent: Extent) {
             );
             ordeal.go_on();
             ordeal.release_quiesce();
-            // Nobody has told the guest, so its run goes on, and ends with its lease. Asking for it covers a defect: whoever speaks
-            // first on the channel after this is not answered in the 5 s that a run waits, and a run would find no agent.
+            // Nobody has told the guest, so its run goes on, and ends with its lease. Asking for it covers what is not
+            // understood: through this test's gate, whoever speaks first after such a pause was not answered in the 5 s that a run
+            // waits. Without the gate nobody has to wait: `vm-tests/tests/agent_port.rs`.
             ended_with_its_lease(&ordeal);
             ordeal.is_untouched();
             ordeal.is_over();
