@@ -25,6 +25,11 @@ const PART_BYTES: u64 = 8 << 30;
 /// more is made again, part by part, while it is copied.
 const PIECES_KEPT_MAX: usize = 1 << 20;
 
+/// Requests under way while a disk is copied, and the length of each. As fast as more of them, since storing takes longer than
+/// reading; more would only make QEMU, whose thread serves the guest's own writes too, read in bursts.
+const IN_FLIGHT: usize = 2;
+const REQUEST_BYTES: u32 = 256 << 10;
+
 /// Why a disk could not be copied.
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
@@ -144,7 +149,8 @@ impl Source {
             Piece::Zero(_) => None,
         });
         let flag = cancel.flag();
-        let options = ReadOptions { cancel: Some(&*flag), ..ReadOptions::default() };
+        let options =
+            ReadOptions { in_flight: IN_FLIGHT, request_bytes: REQUEST_BYTES, cancel: Some(&*flag) };
         let mut blocks = Assembler::new(self.size_bytes);
         self.client.read_pipelined(reads, options, |offset, chunk| {
             let (length, bytes) = match chunk {

@@ -1,8 +1,7 @@
 //! Work that has time.
 
-/// The usual niceness of work in the background: a tenth of a processor is left to it where all others are busy. A copy that got
-/// next to nothing would never end, and a filter that waits for it fills its scratch.
-const NICENESS: i32 = 10;
+/// As low as a priority can be that still gets a share of a processor that others want, too.
+const NICENESS: i32 = 19;
 
 /// Lets the calling thread give way to every other one on this machine from now on, such as those of its virtual machines:
 /// what it does takes longer, so that nobody waits for it.
