@@ -23,7 +23,14 @@ fn held(peer: &Peer) -> Held {
 
 /// What is there again once everything has come to an end.
 fn settled(peer: &Peer, wanted: Held) {
-    until("what was begun has ended", Duration::from_secs(20), || held(peer) == wanted);
+    until(&format!("only {wanted:?} is held"), Duration::from_secs(20), || {
+        let now = held(peer);
+        if now != wanted {
+            eprintln!("held: {now:?}");
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        now == wanted
+    });
 }
 
 /// Streams of every kind, programs, and clients that come and go.
@@ -120,6 +127,8 @@ fn file(peer: &mut Peer, commands: &[String]) -> usize {
 pub(crate) fn freezes(inside: &Inside) {
     let mut peer = Peer::start("ours", &["/bin/stillpoint-agent".to_owned()], &[]);
     let begun = Instant::now();
+    // Once it has answered it has taken us up, and rests.
+    peer.answer("guest-ping", &json!({}));
     let idle = held(&peer);
     let mut resident = Vec::with_capacity(CYCLES);
     for cycle in 0..CYCLES {
