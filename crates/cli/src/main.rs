@@ -45,12 +45,12 @@ fn main() -> ExitCode {
 /// Prints to standard output. Where nobody reads us any more (`| head`) there is nobody to tell either: the exit code stays what
 /// it is, while `println!` would panic.
 fn answer(text: &str) {
-    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+    let _ = std::io::stdout().lock().write_all(text.as_bytes()); // nobody reads it
 }
 
 /// The same to standard error.
 pub(crate) fn tell(text: &str) {
-    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+    let _ = std::io::stderr().lock().write_all(text.as_bytes()); // nobody reads it
 }
 
 /// Help, the version, or what is wrong with the command line; the latter for programs too, if they asked for that.
