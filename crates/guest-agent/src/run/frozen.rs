@@ -29,13 +29,13 @@ const SETTLE_LOOK: Duration = Duration::from_millis(1);
 pub(super) struct Frozen {
     /// Gone once released and reported.
     run: Option<Run>,
+    /// What each superblock's disk had written when all was flushed. Empty until then, and so only where a refusal follows.
     before: Vec<Option<Counters>>,
 }
 
 impl Frozen {
     /// Freezes everything, or undoes it.
     pub(super) fn begin(run: Run, budget: Duration) -> Result<Self, Box<Stopped>> {
-        let before = run.held.iter().enumerate().map(|(at, _)| counters(run.ledger.device(at))).collect();
         if let Err(error) = run.record.records().mark() {
             return Err(
                 run.stopped(Refusal { code: "statedir_unusable", message: error.to_string() }, Phase::Failed)
@@ -44,7 +44,7 @@ impl Frozen {
         // From here to the last FITHAW: no log, no file, no process, no application.
         logging::hold();
         run.shared.set_frozen(true);
-        let mut frozen = Frozen { run: Some(run), before };
+        let mut frozen = Frozen { run: Some(run), before: Vec::new() };
         match frozen.freeze_all(budget) {
             Ok(()) => Ok(frozen),
             Err((refusal, why)) => {
@@ -59,9 +59,9 @@ impl Frozen {
     }
 
     fn freeze_all(&mut self, budget: Duration) -> Result<(), (Refusal, Phase)> {
-        let run = self.run();
-        // Until all are frozen: a thaw waits for no grace period.
-        let _short = ShortGrace::begin(Path::new(grace::SWITCH), &run.ledger);
+        let Self { run: Some(run), before } = self else {
+            unreachable!("taken only by `finish`, which consumes")
+        };
         let lease_ns = run.order.lease_ms.saturating_mul(1_000_000);
         run.ledger.renew(boottime_ns().saturating_add(lease_ns));
         // From here to the thaw the lease says when the agent is due.
@@ -70,16 +70,27 @@ impl Frozen {
             (Refusal { code: "guard_failed", message: error.to_string() }, Phase::GuardGone)
         })?;
         let deadline = Instant::now() + budget;
+        let over_budget = || {
+            let message = format!("freezing took longer than the {} ms that are allowed", ms(budget));
+            Refusal { code: "freeze_over_budget", message }
+        };
+        // Last of all, so that next to nothing comes in before FIFREEZE.
+        let flushed = run.flush_remainder(deadline);
+        match run.ledger.phase() {
+            Phase::Armed if flushed => {}
+            Phase::Armed => return Err((over_budget(), Phase::Failed)),
+            why => return Err((aborted(why), why)),
+        }
+        *before = (0..run.held.len()).map(|at| counters(run.ledger.device(at))).collect();
+        // Until all are frozen: a thaw waits for no grace period.
+        let _short = ShortGrace::begin(Path::new(grace::SWITCH), &run.ledger);
         let steps: BTreeSet<usize> = run.held.iter().map(|held| held.step).collect();
         for step in steps {
             let which: Vec<usize> = (0..run.held.len()).filter(|at| run.held[*at].step == step).collect();
             let done = run.crew.freeze(&which, deadline, || run.ledger.phase() != Phase::Armed);
             match run.ledger.phase() {
                 Phase::Armed if done => {}
-                Phase::Armed => {
-                    let message = format!("freezing took longer than the {} ms that are allowed", ms(budget));
-                    return Err((Refusal { code: "freeze_over_budget", message }, Phase::Failed));
-                }
+                Phase::Armed => return Err((over_budget(), Phase::Failed)),
                 why => return Err((aborted(why), why)),
             }
         }

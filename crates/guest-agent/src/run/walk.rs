@@ -31,6 +31,10 @@ const ROUNDS_MAX: usize = 8;
 /// Before a quiesce that stalls writers a round as quick as this will do: what comes in while applications quiesce has to be
 /// flushed afterwards in any case, well within `LAST_FLUSH_MAX`, and each round is a time in which others wait for the disk.
 const FIRST_ROUND_FAST: Duration = Duration::from_secs(1);
+/// After so many rounds in a row that were no quicker than the quickest, they have settled: where writers are stalled meanwhile,
+/// and where nobody is. There another round costs little, and each page that it writes out is one that no frozen writer waits for.
+const ALIKE_STALLING: u32 = 1;
+const ALIKE: u32 = 3;
 /// Longest time for the flush rounds between the quiesce and the freeze, where locks may be held.
 const LAST_FLUSH_MAX: Duration = Duration::from_secs(5);
 /// Longest wait for the end of a rehearsal that is called off.
@@ -145,7 +149,8 @@ impl Run {
     /// superblock took in the last round.
     fn flush(&mut self, fast: Duration, deadline: Instant) -> Vec<Option<Duration>> {
         let mut last = vec![Some(Duration::ZERO); self.held.len()];
-        let mut rounds = Rounds { fast, quickest: None };
+        let alike_max = if self.flush_until.is_some() { ALIKE } else { ALIKE_STALLING };
+        let mut rounds = Rounds { fast, alike_max, quickest: None, alike: 0 };
         for _ in 0..ROUNDS_MAX {
             let begun = Instant::now();
             self.first_flush.get_or_insert(begun);
@@ -158,6 +163,22 @@ impl Run {
             }
         }
         last
+    }
+
+    /// Writes out what came in while the guard was armed: FIFREEZE would, with all writers shut out. Not where the last round was
+    /// slow: as much would come in again. False if it is not done at the deadline, or not wanted any more.
+    pub(super) fn flush_remainder(&mut self, deadline: Instant) -> bool {
+        let report = &mut self.evidence.report;
+        let mut is_out = true;
+        if report.flush_rounds_ms.last().is_some_and(|last| *last <= ms(ROUND_FAST)) {
+            let begun = Instant::now();
+            let ledger = &self.ledger;
+            let flushed = self.crew.flush(deadline, || ledger.phase() != Phase::Armed);
+            report.flush_rounds_ms.push(ms(begun.elapsed()));
+            is_out = flushed.iter().all(Option::is_some);
+        }
+        report.flushing_ms = self.first_flush.map(|first| ms(first.elapsed()));
+        is_out
     }
 
     /// Longest time from now for the flush rounds before the freeze.
@@ -183,7 +204,10 @@ impl Run {
 struct Rounds {
     /// A round as quick as this needs no other after it.
     fast: Duration,
+    alike_max: u32,
     quickest: Option<Duration>,
+    /// So many in a row took about as long as the quickest.
+    alike: u32,
 }
 
 impl Rounds {
@@ -194,7 +218,8 @@ impl Rounds {
     fn settled(&mut self, took: Duration) -> bool {
         let quickest = self.quickest.replace(self.quickest.map_or(took, |quickest| quickest.min(took)));
         let alike = |quickest: Duration| took >= quickest * 4 / 5 && took <= quickest * 5 / 4;
-        took <= self.fast || quickest.is_some_and(alike)
+        self.alike = if quickest.is_some_and(alike) { self.alike + 1 } else { 0 };
+        took <= self.fast || self.alike >= self.alike_max
     }
 }
 
@@ -401,7 +426,6 @@ impl Quiesced {
         if predicted.is_none_or(|predicted| predicted > budget) {
             return Err(run.stopped(would_stall(predicted, budget), Phase::Failed));
         }
-        run.evidence.report.flushing_ms = run.first_flush.map(|begun| ms(begun.elapsed()));
         Frozen::begin(run, budget)
     }
 }
@@ -442,9 +466,13 @@ pub(super) fn aborted(why: Phase) -> Refusal {
 mod tests {
     use super::*;
 
-    /// How many of these rounds, in milliseconds, are flushed.
+    /// How many of these rounds, in milliseconds, are flushed while writers are stalled.
     fn flushed(rounds_ms: &[u64]) -> usize {
-        let mut rounds = Rounds { fast: ROUND_FAST, quickest: None };
+        flushed_until(ALIKE_STALLING, rounds_ms)
+    }
+
+    fn flushed_until(alike_max: u32, rounds_ms: &[u64]) -> usize {
+        let mut rounds = Rounds { fast: ROUND_FAST, alike_max, quickest: None, alike: 0 };
         let settled = rounds_ms.iter().position(|ms| rounds.settled(Duration::from_millis(*ms)));
         settled.map_or(rounds_ms.len() + 1, |at| at + 1)
     }
@@ -459,6 +487,12 @@ mod tests {
     fn flush_rounds_end_when_none_gets_faster() {
         assert_eq!(flushed(&[300, 290, 280]), 2);
         assert_eq!(flushed(&[1193, 671, 310, 300]), 4);
+    }
+
+    #[test]
+    fn flush_rounds_that_stall_nobody_go_on_for_longer() {
+        assert_eq!(flushed_until(ALIKE, &[1148, 1069, 300, 80, 20]), 5);
+        assert_eq!(flushed_until(ALIKE, &[300, 290, 480, 300, 290, 280]), 6);
     }
 
     #[test]
