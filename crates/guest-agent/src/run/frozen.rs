@@ -74,7 +74,7 @@ impl Frozen {
             let message = format!("freezing took longer than the {} ms that are allowed", ms(budget));
             Refusal { code: "freeze_over_budget", message }
         };
-        // Last of all, so that next to nothing comes in before FIFREEZE.
+        // Last of all, so that little comes in before FIFREEZE.
         let flushed = run.flush_remainder(deadline);
         match run.ledger.phase() {
             Phase::Armed if flushed => {}

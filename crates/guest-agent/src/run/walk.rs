@@ -31,7 +31,7 @@ const ROUNDS_MAX: usize = 8;
 /// Before a quiesce that stalls writers a round as quick as this will do: what comes in while applications quiesce has to be
 /// flushed afterwards in any case, well within `LAST_FLUSH_MAX`, and each round is a time in which others wait for the disk.
 const FIRST_ROUND_FAST: Duration = Duration::from_secs(1);
-/// After so many rounds in a row that were no quicker than the quickest, they have settled: where writers are stalled meanwhile,
+/// After so many rounds in a row that took about as long as the quickest, they have settled: where writers are stalled meanwhile,
 /// and where nobody is. There another round costs little, and each page that it writes out is one that no frozen writer waits for.
 const ALIKE_STALLING: u32 = 1;
 const ALIKE: u32 = 3;
