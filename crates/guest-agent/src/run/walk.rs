@@ -158,7 +158,8 @@ impl Run {
             last = self.crew.flush(deadline, || shared.is_stopped());
             let took = begun.elapsed();
             self.evidence.report.flush_rounds_ms.push(ms(took));
-            if rounds.settled(took) || Instant::now() + took >= deadline || self.shared.is_stopped() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if rounds.settled(took) || !another_fits(took, left) || self.shared.is_stopped() {
                 break;
             }
         }
@@ -197,6 +198,12 @@ impl Run {
         }
         Some(steps.values().sum())
     }
+}
+
+/// Whether there is time for another round as long as the last one, and half as long again: one that met a burst of writes and is
+/// not over at the deadline would leave nothing to tell how long the freeze takes, and so there would be none.
+fn another_fits(took: Duration, left: Duration) -> bool {
+    took * 3 / 2 < left
 }
 
 /// Says when flush rounds have written out as much as they ever will.
@@ -493,6 +500,14 @@ mod tests {
     fn flush_rounds_that_stall_nobody_go_on_for_longer() {
         assert_eq!(flushed_until(ALIKE, &[1148, 1069, 300, 80, 20]), 5);
         assert_eq!(flushed_until(ALIKE, &[300, 290, 480, 300, 290, 280]), 6);
+    }
+
+    #[test]
+    fn no_round_begins_that_a_burst_of_writes_would_carry_over_the_deadline() {
+        let fits =
+            |took_ms, left_ms| another_fits(Duration::from_millis(took_ms), Duration::from_millis(left_ms));
+        assert!(fits(1_300, 2_000));
+        assert!(!fits(1_330, 1_550));
     }
 
     #[test]
