@@ -375,6 +375,7 @@ impl Ordeal {
             loop {
                 say("{\"execute\":\"stillpoint-status\",\"id\":1}\n");
                 let answer: Value = serde_json::from_str(&lines.next().expect("an answer")).expect("JSON");
+                assert!(answer["error"].is_null(), "the freeze failed: {answer}");
                 if answer["return"]["state"] == json!(State::Quiescing) || !answer["return"].is_object() {
                     break;
                 }
