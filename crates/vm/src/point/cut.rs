@@ -164,7 +164,7 @@ impl Prepared<'_> {
 
 enum Resumed {
     Runs {
-        /// It did not before.
+        /// It did not before: the disks were cut while it stood.
         stood: bool,
     },
     /// The VM has migrated meanwhile, and runs where it is now. The state of this QEMU.
@@ -173,21 +173,24 @@ enum Resumed {
 
 /// Lets the vCPUs run, if they are here. QEMU outlives a connection that broke, and then only a new one can tell it.
 fn resume(monitor: &mut Monitor) -> Result<Resumed, MonitorError> {
-    match go_on(monitor) {
+    let mut stood = None;
+    match go_on(monitor, &mut stood) {
         Err(error) if error.is_broken() => {
             monitor.reconnect(RECONNECT_TIMEOUT)?;
-            go_on(monitor)
+            go_on(monitor, &mut stood)
         }
         answered => answered,
     }
 }
 
-fn go_on(monitor: &mut Monitor) -> Result<Resumed, MonitorError> {
+/// Asked anew, a QEMU may run because it heard the first `cont`: what it said before that counts, and stays in `stood`.
+fn go_on(monitor: &mut Monitor, stood: &mut Option<bool>) -> Result<Resumed, MonitorError> {
     let status = monitor.run(&QueryStatus {})?;
     if status.is_elsewhere() {
         return Ok(Resumed::Left(status.status));
     }
-    monitor.run(&Cont {}).map(|_| Resumed::Runs { stood: !status.running })
+    let stood = *stood.get_or_insert(!status.running);
+    monitor.run(&Cont {}).map(|_| Resumed::Runs { stood })
 }
 
 /// Makes the disks readable as they were at the point.
@@ -199,4 +202,57 @@ pub fn export(monitor: &mut Monitor, plan: &Plan) -> Result<Vec<DiskExport>, Poi
         step.run(monitor)?;
     }
     Ok(plan.exports())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    /// A QEMU that answers the commands of each connection with these, and hangs up at the next one.
+    fn resumed(connections: Vec<Vec<Value>>) -> Result<Resumed, MonitorError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let qemu = thread::spawn(move || {
+            for answers in connections {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut commands = BufReader::new(stream.try_clone().unwrap()).lines();
+                let version = json!({ "qemu": { "major": 7, "minor": 2, "micro": 0 }, "package": "" });
+                writeln!(stream, "{}", json!({ "QMP": { "version": version, "capabilities": [] } })).unwrap();
+                for answer in [json!({})].into_iter().chain(answers) {
+                    let command: Value = serde_json::from_str(&commands.next().unwrap().unwrap()).unwrap();
+                    writeln!(stream, "{}", json!({ "return": answer, "id": command["id"] })).unwrap();
+                }
+                // Ends with the next command, or with its sender.
+                let _next = commands.next();
+            }
+        });
+        let resumed = resume(&mut Monitor::connect(&path, LIMIT).unwrap());
+        qemu.join().unwrap();
+        resumed
+    }
+
+    fn status(running: bool) -> Value {
+        let status = if running { "running" } else { "paused" };
+        json!({ "running": running, "singlestep": false, "status": status })
+    }
+
+    #[test]
+    fn a_vm_that_goes_on_at_once_stood_all_the_same_if_only_the_answer_was_lost() {
+        let connections = vec![vec![status(false)], vec![status(true), json!({})]];
+        assert!(matches!(resumed(connections), Ok(Resumed::Runs { stood: true })));
+    }
+
+    #[test]
+    fn a_vm_that_somebody_let_go_on_during_the_cut_did_not_stand() {
+        assert!(matches!(resumed(vec![vec![status(true), json!({})]]), Ok(Resumed::Runs { stood: false })));
+        let connections = vec![vec![], vec![status(true), json!({})]];
+        assert!(matches!(resumed(connections), Ok(Resumed::Runs { stood: false })));
+    }
 }
