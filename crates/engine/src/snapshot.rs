@@ -37,8 +37,8 @@ const END_TIMEOUT: Duration = Duration::from_secs(5);
 const END_LOOK: Duration = Duration::from_millis(20);
 /// How long QEMU may take to stop the virtual CPUs, in which it flushes every disk.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long those whom the freeze held back have QEMU and the processors to themselves: what they wrote meanwhile is written within
-/// it, and a copy that began at once made some of them wait for twice as long.
+/// How long those whom the freeze held back have QEMU and the processors to themselves, before the copy takes its part of both. What it
+/// is for was measured with 150 ms: `docs/performance.md`.
 const HEAD_START: Duration = Duration::from_millis(100);
 
 /// A snapshot that was taken.
