@@ -41,6 +41,25 @@ pub fn changes(dirty: impl IntoIterator<Item = Range<u64>>, part: &Range<u64>) -
     blocks(dirty, part).into_iter().map(Piece::Read).collect()
 }
 
+/// What of a part is not read, in whole multiples of `unit` bytes.
+pub fn unread<'p>(
+    pieces: &'p [Piece],
+    part: &Range<u64>,
+    unit: u64,
+) -> impl Iterator<Item = Range<u64>> + use<'p> {
+    let (mut from, end) = (part.start, part.end);
+    let reads = pieces.iter().filter_map(|piece| match piece {
+        Piece::Read(range) => Some(range.clone()),
+        Piece::Zero(_) => None,
+    });
+    let gaps = reads.chain(std::iter::once(end..end)).map(move |read| {
+        let gap = from.next_multiple_of(unit)..read.start / unit * unit;
+        from = read.end;
+        gap
+    });
+    gaps.filter(|gap| !gap.is_empty())
+}
+
 /// Sum of what is read, in bytes.
 pub fn read_bytes(pieces: &[Piece]) -> u64 {
     pieces.iter().map(|piece| if let Piece::Read(range) = piece { range.end - range.start } else { 0 }).sum()
@@ -99,6 +118,21 @@ mod tests {
             changes([0..5000, 12_288..20_000], &(4096..16_384)),
             [Piece::Read(4096..8192), Piece::Read(12_288..16_384)]
         );
+    }
+
+    #[test]
+    fn what_is_not_read_is_told_in_whole_units_within_the_part() {
+        let unread = |reads: &[(u64, u64)], part: Range<u64>| {
+            let pieces = changes(reads.iter().map(|&(start, end)| start..end), &part);
+            super::unread(&pieces, &part, 16_384).map(|gap| (gap.start, gap.end)).collect::<Vec<_>>()
+        };
+        assert_eq!(unread(&[], 0..70_000), [(0, 65_536)], "the end is no unit");
+        assert_eq!(
+            unread(&[(16_384, 20_480), (61_440, 65_536)], 0..98_304),
+            [(0, 16_384), (32_768, 49_152), (65_536, 98_304)]
+        );
+        assert_eq!(unread(&[(0, 4096), (24_576, 28_672)], 0..32_768), [], "gaps below a unit");
+        assert_eq!(unread(&[(40_960, 45_056)], 32_768..65_536), [(49_152, 65_536)], "of this part alone");
     }
 
     proptest! {

@@ -133,6 +133,14 @@ impl ClientTransmission {
         self.request(command::BLOCK_STATUS, offset, length, out)
     }
 
+    /// Appends a TRIM to `out`; returns its cookie.
+    ///
+    /// # Errors
+    /// The request is not sent; the connection stays good.
+    pub fn trim(&mut self, offset: u64, length: u32, out: &mut Vec<u8>) -> Result<u64, RequestError> {
+        self.request(command::TRIM, offset, length, out)
+    }
+
     /// Appends the polite end to `out`. There is no reply to it.
     pub fn disconnect(&mut self, out: &mut Vec<u8>) {
         self.cookie += 1;
@@ -200,6 +208,12 @@ impl ClientTransmission {
             self.in_flight.swap_remove(place);
             let body = Body::Failed { code: ErrorCode(error), message: String::new(), offset: None };
             return Ok(Decoded::Ready(SIMPLE_REPLY_BYTES, Reply { cookie, body, finished: true }));
+        }
+        // The answer to a TRIM has nothing to structure.
+        if request.command == command::TRIM {
+            self.in_flight.swap_remove(place);
+            let reply = Reply { cookie, body: Body::Nothing, finished: true };
+            return Ok(Decoded::Ready(SIMPLE_REPLY_BYTES, reply));
         }
         if request.command != command::READ || self.session.structured {
             let number = u32::from(request.command);

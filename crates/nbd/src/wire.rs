@@ -50,6 +50,8 @@ pub mod transmission_flags {
     pub const READ_ONLY: u16 = 1 << 1;
     /// FLUSH is understood.
     pub const SEND_FLUSH: u16 = 1 << 2;
+    /// TRIM is understood.
+    pub const SEND_TRIM: u16 = 1 << 5;
     /// READ may ask for a reply in one piece.
     pub const SEND_DF: u16 = 1 << 7;
     /// Several connections see the same bytes.

@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
 use nbd::{
-    Body, ClientHandshake, ClientTransmission, Command, Decoded, ErrorCode, Export, HandshakeError,
+    Body, ClientHandshake, ClientTransmission, Command, Decoded, ErrorCode, Export, HandshakeError, Reply,
     RequestDecoder, ServerHandshake, ServerSession, ServerStep, Session, encode_data_header, encode_done,
     encode_error, encode_hole, encode_simple, encode_status, split_at_holes, transmission_flags,
 };
@@ -317,6 +317,35 @@ fn requests() -> impl Strategy<Value = Vec<(bool, u64, u32)>> {
     let inside =
         |(read, offset, length): (bool, u32, u32)| (read, u64::from(offset), length.min(DISK_BYTES - offset));
     prop::collection::vec(request.prop_map(inside), 1..8)
+}
+
+#[test]
+fn a_trim_is_answered_without_data_by_success_or_refusal() {
+    let (session, server) = open("sda", &["base:allocation"]).unwrap();
+    assert!(session.structured, "which makes no difference to it");
+    let mut client = ClientTransmission::new(session);
+    let mut stream = Vec::new();
+    let done = client.trim(0, 4096, &mut stream).unwrap();
+    client.trim(4096, u32::MAX, &mut stream).unwrap_err();
+    let reply = encode_simple(done, None);
+    let decoded = client.decode(&reply).unwrap();
+    let body = Body::Nothing;
+    assert_eq!(decoded, Decoded::Ready(reply.len(), Reply { cookie: done, body, finished: true }));
+
+    let refused = client.trim(0, 4096, &mut stream).unwrap();
+    let (requests, _) = feed(&stream, &[], {
+        let mut decoder = RequestDecoder::new();
+        move |bytes| Some(decoder.decode(bytes).unwrap())
+    });
+    let last = requests.into_iter().flatten().last().unwrap();
+    let code = server.unwrap().judge(&last).unwrap_err();
+    let reply = encode_simple(refused, Some(code));
+    let Decoded::Ready(_, Reply { body: Body::Failed { code, .. }, finished: true, .. }) =
+        client.decode(&reply).unwrap()
+    else {
+        panic!("a read-only export refuses it")
+    };
+    assert_eq!((code, client.in_flight()), (ErrorCode::NOT_PERMITTED, 0));
 }
 
 proptest! {

@@ -127,9 +127,6 @@ pub enum BlockdevAdd {
         /// Longest time that a guest's write waits for the copy, in seconds; 0: for ever.
         #[serde(skip_serializing_if = "Option::is_none")]
         cbw_timeout: Option<u32>,
-        /// Copy (and let read) only what this bitmap holds when the node is opened.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        bitmap: Option<crate::export::BitmapReference>,
     },
     /// What the disk held when the filter was put in place.
     #[serde(rename_all = "kebab-case")]
@@ -138,6 +135,9 @@ pub enum BlockdevAdd {
         node_name: String,
         /// The `copy-before-write` node.
         file: String,
+        /// What becomes of discards; absent: nothing.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        discard: Option<Discard>,
     },
     /// What lies below, as it is.
     #[serde(rename_all = "kebab-case")]
@@ -157,6 +157,14 @@ pub enum BlockdevAdd {
         /// Reads give zeroes.
         read_zeroes: bool,
     },
+}
+
+/// What a node does about discards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Discard {
+    /// It carries them out.
+    Unmap,
 }
 
 /// Opens an image with everything that it lies on, read-only. Nothing is taken from a header: each layer is named.
@@ -297,7 +305,6 @@ mod tests {
             target: "s".into(),
             on_cbw_error: Some(OnCbwError::BreakSnapshot),
             cbw_timeout: Some(10),
-            bitmap: None,
         };
         assert_eq!(
             serde_json::to_string(&add).unwrap(),

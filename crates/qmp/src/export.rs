@@ -29,7 +29,7 @@ pub enum SocketAddress {
     },
 }
 
-/// Exports a node over NBD, read-only.
+/// Exports a node over NBD.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BlockExportAdd {
@@ -42,6 +42,9 @@ pub struct BlockExportAdd {
     pub node_name: String,
     /// Name that NBD clients ask for.
     pub name: String,
+    /// Whether clients may write to it and discard.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub writable: bool,
     /// Bitmaps to show as meta contexts `qemu:dirty-bitmap:NAME`; they may belong to other nodes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub bitmaps: Vec<BitmapReference>,

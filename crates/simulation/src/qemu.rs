@@ -260,6 +260,7 @@ impl Qemu {
                 }
                 self.nodes.remove(node).then_some(()).ok_or(format!("no node {node}"))
             }
+            Step::Record(bitmap) => self.bitmap(&Action::BlockDirtyBitmapAdd(bitmap.clone())),
             Step::Change(actions) => {
                 let mut changed = self.clone();
                 actions.iter().try_for_each(|action| changed.bitmap(action))?;

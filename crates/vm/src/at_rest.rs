@@ -197,6 +197,7 @@ impl Images {
                 id: disk.node.clone(),
                 node_name: disk.node.clone(),
                 name: disk.node.clone(),
+                writable: false,
                 bitmaps: base.into_iter().collect(),
             })?;
             exports.push(DiskExport {

@@ -24,6 +24,10 @@ pub const EXTENTS_MAX: usize = 16 << 20;
 /// One block status request. Servers answer as much of it as they like.
 const STATUS_REQUEST_BYTES: u64 = 1 << 30;
 
+/// One request to discard, and so many at once. Each is quick.
+const DISCARD_BYTES: u32 = 1 << 30;
+const DISCARDS_IN_FLIGHT: usize = 16;
+
 /// What a stretch of the disk holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chunk<'b> {
@@ -250,6 +254,51 @@ impl NbdClient {
         }
         self.broken = false;
         Ok(())
+    }
+
+    /// Says that these ranges will not be read, so that what serves them need not keep them; false if the server knows no such
+    /// request. How much of each counts is the server's to say: less than a block of its own does not.
+    ///
+    /// # Errors
+    /// `Plan` if a range leaves the disk, or what went wrong with the server.
+    pub fn discard(&mut self, ranges: impl IntoIterator<Item = Range<u64>>) -> Result<bool, NbdClientError> {
+        if self.session().flags & nbd::transmission_flags::SEND_TRIM == 0 {
+            return Ok(false);
+        }
+        self.begin()?;
+        let mut requests = nbd::plan_reads(ranges, DISCARD_BYTES, self.size_bytes());
+        let mut patience = Patience::new(self.timeout, None);
+        let mut out = Vec::new();
+        let mut more_to_ask = true;
+        loop {
+            while more_to_ask && self.transmission.in_flight() < DISCARDS_IN_FLIGHT {
+                match requests.next() {
+                    None => more_to_ask = false,
+                    Some(request) => {
+                        let (offset, length) = request?;
+                        self.transmission.trim(offset, length, &mut out)?;
+                    }
+                }
+            }
+            if self.transmission.in_flight() == 0 {
+                break;
+            }
+            match self.transmission.decode(self.received.shown())? {
+                Decoded::More(wanted) => {
+                    send(&mut self.stream, &mut out, self.timeout)?;
+                    fill(&mut self.received, &mut self.stream, wanted, &mut patience)?;
+                }
+                Decoded::Ready(consumed, Reply { body, .. }) => {
+                    if let Body::Failed { code, message, offset } = body {
+                        return Err(NbdClientError::Refused { code, message, offset });
+                    }
+                    self.received.consume(consumed);
+                    patience.renew();
+                }
+            }
+        }
+        self.broken = false;
+        Ok(true)
     }
 
     /// Until the work begun here ends well, the connection counts as broken.

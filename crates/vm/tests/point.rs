@@ -8,6 +8,7 @@ mod support;
 use qmp::block::{BlockdevAdd, QueryBlock, QueryNamedBlockNodes};
 use qmp::export::{NbdServerStart, QueryBlockExports, SocketAddress};
 use qmp::machine::{Cont, QueryStatus, Stop};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
@@ -16,6 +17,7 @@ use support::{Qemu, device_io, image, run};
 use vm::disks::{Base, Disk, base};
 use vm::machine::{drives, nodes};
 use vm::monitor::Monitor;
+use vm::nbd_client::NbdClient;
 use vm::point::steps::Step;
 use vm::point::{
     self, DiskExport, DiskRequest, Outcome, Plan, PointError, Request, release, restart::Restarter,
@@ -241,16 +243,41 @@ fn an_increment_lists_exactly_the_4_kib_blocks_written_since_its_parent() {
     assert_eq!(changed(&second, &exports[1]), ["8388608+4096"]);
     assert!(reads(&second, &exports[0], "read -P 0x77 12288 4096"), "the block as it was at the point");
     assert!(reads(&second, &exports[0], "read -P 0x77 409600 8192"));
-    assert!(
-        !reads(&second, &exports[0], "read 4M 4096"),
-        "outside the bitmap nothing was kept, so nothing may be read"
-    );
+    assert!(reads(&second, &exports[0], "read -P 0x11 4M 4096"), "so far the filter keeps everything");
 
     release(&mut monitor, &second, Outcome::Kept).unwrap();
     assert_eq!(
         bitmaps(&mut monitor),
         ["auto/stillpoint-repo-s2-0 8192 recording", "b/stillpoint-repo-s2-1 0 recording"]
     );
+}
+
+#[test]
+fn what_an_increment_does_not_read_is_discarded_and_no_longer_kept() {
+    let (qemu, mut monitor) = running();
+    let first = both(&qemu, &mut monitor, "s1", None, false);
+    let exports = cut(&mut monitor, &first);
+    let discard = |plan: &Plan, export: &DiskExport, ranges: &[(u64, u64)]| {
+        let mut client = NbdClient::connect(&plan.socket, &export.export, &[], STOP_LIMIT).unwrap();
+        client.discard(ranges.iter().map(|&(start, end)| start..end))
+    };
+    assert!(!discard(&first, &exports[0], &[(0, MIB)]).unwrap(), "a full read discards nothing");
+    release(&mut monitor, &first, Outcome::Kept).unwrap();
+    write(&mut monitor, RAW, 0x77, 8 * MIB, 4096);
+
+    let second = both(&qemu, &mut monitor, "s2", Some("s1"), true);
+    let exports = cut(&mut monitor, &second);
+    assert!(discard(&second, &exports[0], &[(0, 8 * MIB), (9 * MIB, 16 * MIB)]).unwrap());
+    let scratch = || std::fs::metadata(&second.disks[0].scratch_file).unwrap().blocks();
+    let before = scratch();
+    write(&mut monitor, RAW, 0x88, 0, 8 * MIB);
+    assert_eq!(scratch(), before, "a write that costs no copy");
+    write(&mut monitor, RAW, 0x88, 8 * MIB, MIB);
+    assert!(scratch() > before, "and one that does");
+    assert!(!reads(&second, &exports[0], "read 4M 4096"), "nothing was kept, so nothing may be read");
+    assert!(reads(&second, &exports[0], "read -P 0x77 8M 4096"), "the block as it was at the point");
+    assert!(reads(&second, &exports[0], "read -P 0x11 8196K 4096"), "and beside it");
+    release(&mut monitor, &second, Outcome::Kept).unwrap();
 }
 
 #[test]

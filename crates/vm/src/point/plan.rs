@@ -3,7 +3,7 @@
 use crate::disks::{Disk, OUR_PREFIX};
 use crate::point::steps::Step;
 use qmp::bitmap::{BlockDirtyBitmapAdd, BlockDirtyBitmapDisable};
-use qmp::block::{BlockdevAdd, Cache, OnCbwError};
+use qmp::block::{BlockdevAdd, Cache, Discard, OnCbwError};
 use qmp::export::{BitmapReference, BlockExportAdd, ExportKind};
 use qmp::transaction::Action;
 use serde::{Deserialize, Serialize};
@@ -49,7 +49,8 @@ pub struct DiskRequest {
     pub disk: Disk,
     /// Bitmap that recorded every write since the parent snapshot; absent: the disk is read in full.
     pub base: Option<String>,
-    /// Keep readable only what `base` holds. Guest writes elsewhere then cost nothing, but reading elsewhere fails.
+    /// Only what `base` holds will be read: the reader may discard the rest of the export, and guest writes there cost nothing from
+    /// then on.
     pub only_base: bool,
 }
 
@@ -237,65 +238,59 @@ impl Plan {
                 file: disk.file_node.clone(),
                 cache,
             }));
-            if !disk.only_base {
-                steps.push(Step::Open(self.filter(disk)));
-            }
+            steps.push(Step::Open(self.filter(disk)));
         }
         steps.push(Step::StartServer(self.socket.clone()));
         steps
     }
 
-    /// What happens while the vCPUs are stopped.
+    /// What happens while the vCPUs are stopped, and so no more than has to.
     pub fn cut_steps(&self) -> Vec<Step> {
-        // A filter limited to a bitmap copies the bitmap when it is opened: before the stop the guest could still
-        // dirty more.
-        let late = self.disks.iter().filter(|disk| disk.only_base).map(|disk| Step::Open(self.filter(disk)));
-        let mut steps: Vec<_> = late.collect();
-        let mut actions = vec![];
-        for disk in &self.disks {
-            let node = disk.disk.node.clone();
-            if let Some(name) = disk.base.clone() {
-                actions.push(Action::BlockDirtyBitmapDisable(BlockDirtyBitmapDisable {
-                    node: node.clone(),
-                    name,
-                }));
-            }
-            actions.push(Action::BlockDirtyBitmapAdd(BlockDirtyBitmapAdd {
-                node,
+        let record = self.disks.iter().map(|disk| {
+            Step::Record(BlockDirtyBitmapAdd {
+                node: disk.disk.node.clone(),
                 name: disk.bitmap.clone(),
                 granularity: Some(disk.granularity_bytes),
                 persistent: Some(disk.disk.keeps_bitmaps),
                 disabled: None,
-            }));
-        }
-        steps.push(Step::Change(actions));
-        steps.extend(
-            self.disks.iter().map(|disk| Step::SetDrive {
-                device: disk.disk.device.clone(),
-                node: disk.filter_node.clone(),
-            }),
-        );
-        steps
+            })
+        });
+        let filter = self
+            .disks
+            .iter()
+            .map(|disk| Step::SetDrive { device: disk.disk.device.clone(), node: disk.filter_node.clone() });
+        record.chain(filter).collect()
     }
 
     /// What makes the disks readable as they were at the point.
+    ///
+    /// Only now do the old bitmaps end. What the guest wrote since the point is in them too: a little more is read, as it was at
+    /// the point.
     pub fn export_steps(&self) -> Vec<Step> {
+        let end = |disk: &DiskPlan| {
+            let BitmapReference { node, name } = disk.base_reference()?;
+            Some(Action::BlockDirtyBitmapDisable(BlockDirtyBitmapDisable { node, name }))
+        };
+        let ended: Vec<_> = self.disks.iter().filter_map(end).collect();
+        let ended = (!ended.is_empty()).then_some(Step::Change(ended));
         let each = self.disks.iter().flat_map(|disk| {
             let access = BlockdevAdd::SnapshotAccess {
                 node_name: disk.access_node.clone(),
                 // Refused before the guest's device uses the filter: a permission conflict.
                 file: disk.filter_node.clone(),
+                discard: disk.only_base.then_some(Discard::Unmap),
             };
             let export = BlockExportAdd {
                 kind: ExportKind::Nbd,
                 id: disk.export.clone(),
                 node_name: disk.access_node.clone(),
                 name: disk.export.clone(),
+                writable: disk.only_base,
                 bitmaps: disk.base_reference().into_iter().collect(),
             };
             [Step::Open(access), Step::Export(export)]
         });
-        each.collect()
+        ended.into_iter().chain(each).collect()
     }
 
     /// How to read each disk, in the plan's order.
@@ -316,7 +311,6 @@ impl Plan {
             target: disk.scratch_node.clone(),
             on_cbw_error: Some(OnCbwError::BreakSnapshot),
             cbw_timeout: Some(self.cbw_timeout_s),
-            bitmap: if disk.only_base { disk.base_reference() } else { None },
         }
     }
 }
@@ -418,32 +412,45 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_filter_limited_to_the_base_is_opened_in_the_stop_and_another_before_it() {
-        let opens_filter = |steps: Vec<Step>| {
-            steps.iter().any(|step| matches!(step, Step::Open(BlockdevAdd::CopyBeforeWrite { .. })))
-        };
-        let limited = Plan::new(&request(&[Some("old")], true)).unwrap();
-        assert!(!opens_filter(limited.prepare_steps()) && opens_filter(limited.cut_steps()));
-        let whole = Plan::new(&request(&[Some("old")], false)).unwrap();
-        assert!(opens_filter(whole.prepare_steps()) && !opens_filter(whole.cut_steps()));
-        let full = Plan::new(&request(&[None], true)).unwrap();
-        assert!(opens_filter(full.prepare_steps()), "without a base there is nothing to limit to");
+    fn the_stop_holds_only_what_has_to_happen_in_it() {
+        let plan = Plan::new(&request(&[Some("old"), None], true)).unwrap();
+        let words: Vec<_> = plan
+            .cut_steps()
+            .iter()
+            .map(|step| match step {
+                Step::Record(bitmap) => serde_json::to_string(bitmap).unwrap(),
+                Step::SetDrive { device, node } => format!("{device} uses {node}"),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(
+            words,
+            [
+                r#"{"node":"d0-node","name":"stillpoint-repo-new-0","granularity":4096,"persistent":false}"#,
+                r#"{"node":"d1-node","name":"stillpoint-repo-new-1","granularity":4096,"persistent":true}"#,
+                "/machine/peripheral/d0 uses stillpoint-abcd1234-0-cbw",
+                "/machine/peripheral/d1 uses stillpoint-abcd1234-1-cbw",
+            ]
+        );
     }
 
     #[test]
-    fn in_the_stop_one_transaction_ends_the_old_bitmaps_and_begins_the_new_before_any_filter_is_in_place() {
-        let plan = Plan::new(&request(&[Some("old"), None], false)).unwrap();
-        let steps = plan.cut_steps();
+    fn the_old_bitmaps_end_before_anything_of_them_is_exported() {
+        let plan = Plan::new(&request(&[Some("old"), None], true)).unwrap();
+        let steps = plan.export_steps();
         let Step::Change(actions) = &steps[0] else { panic!("{steps:?}") };
         let actions: Vec<_> = actions.iter().map(|action| serde_json::to_string(action).unwrap()).collect();
         assert_eq!(
             actions,
-            [
-                r#"{"type":"block-dirty-bitmap-disable","data":{"node":"d0-node","name":"old"}}"#,
-                r#"{"type":"block-dirty-bitmap-add","data":{"node":"d0-node","name":"stillpoint-repo-new-0","granularity":4096,"persistent":false}}"#,
-                r#"{"type":"block-dirty-bitmap-add","data":{"node":"d1-node","name":"stillpoint-repo-new-1","granularity":4096,"persistent":true}}"#,
-            ]
+            [r#"{"type":"block-dirty-bitmap-disable","data":{"node":"d0-node","name":"old"}}"#]
         );
-        assert!(steps[1..].iter().all(|step| matches!(step, Step::SetDrive { .. })) && steps.len() == 3);
+        let discards = |step: &Step| matches!(step, Step::Export(export) if export.writable);
+        assert_eq!(
+            steps.iter().filter(|step| discards(step)).count(),
+            1,
+            "of the increment alone: {steps:#?}"
+        );
+        let full = Plan::new(&request(&[None], false)).unwrap();
+        assert!(full.export_steps().iter().all(|step| !matches!(step, Step::Change(_))), "nothing to end");
     }
 }

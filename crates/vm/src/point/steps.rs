@@ -1,6 +1,7 @@
 //! One step of a point or of its undoing, as data, and how it is carried out.
 
 use crate::monitor::{Monitor, MonitorError};
+use qmp::bitmap::BlockDirtyBitmapAdd;
 use qmp::block::{BlockdevAdd, BlockdevCreate, BlockdevDel, CreateOptions};
 use qmp::export::{
     BlockExportAdd, BlockExportDel, NbdServerStart, NbdServerStop, QueryBlockExports, RemoveMode,
@@ -41,6 +42,8 @@ pub enum Step {
     },
     /// Starts QEMU's NBD server.
     StartServer(PathBuf),
+    /// Adds a bitmap, which records from now on.
+    Record(BlockDirtyBitmapAdd),
     /// Changes bitmaps, all or none.
     Change(Vec<Action>),
     /// Lets a guest's device use a node. Never the node that it uses: QEMU 7.2 dies of that.
@@ -128,6 +131,7 @@ impl Step {
             Self::Open(node) => ignore(monitor.run(node)),
             Self::Format { job, node, size_bytes } => format(monitor, job, node, *size_bytes),
             Self::StartServer(socket) => start_server(monitor, socket),
+            Self::Record(bitmap) => ignore(monitor.run(bitmap)),
             Self::Change(actions) => ignore(monitor.run(&Transaction { actions: actions.clone() })),
             Self::SetDrive { device, node } => ignore(monitor.run(&QomSet {
                 path: device.clone(),

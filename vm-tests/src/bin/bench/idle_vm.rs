@@ -100,6 +100,7 @@ impl IdleVm {
             id: "bench".to_owned(),
             node_name: DISK.to_owned(),
             name: DISK.to_owned(),
+            writable: false,
             bitmaps: Vec::new(),
         })?;
         Ok(address)
