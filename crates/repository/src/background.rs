@@ -1,8 +1,12 @@
 //! Work that has time.
 
+use std::time::Duration;
+
 /// The usual niceness of work in the background, which leaves it a tenth of a processor that others want. With 19 it was starved: beside
 /// a busy guest and one other program a copy of 4 s took 108, and all the while its filter kept what the guest overwrote.
 const NICENESS: i32 = 10;
+/// Longest rest between two pieces of work.
+const BREATH_MAX: Duration = Duration::from_millis(20);
 
 /// Lets the calling thread give way to every other one on this machine from now on, such as those of its virtual machines:
 /// what it does takes longer, so that nobody waits for it.
@@ -14,6 +18,14 @@ pub fn give_way() {
     let _given = rustix::process::getpriority_process(None)
         .and_then(|niceness| rustix::process::setpriority_process(None, niceness.max(NICENESS)))
         .is_ok();
+}
+
+/// Lets a thread that gives way rest for as long as its last piece of work in the kernel took, where no priority helps: memory and
+/// disks are shared without one. Others go on at once.
+pub(crate) fn breathe(worked: Duration) {
+    if rustix::process::getpriority_process(None).is_ok_and(|niceness| niceness >= NICENESS) {
+        std::thread::sleep(worked.min(BREATH_MAX));
+    }
 }
 
 #[cfg(test)]

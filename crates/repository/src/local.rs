@@ -1,9 +1,9 @@
 //! A repository in a local folder, through `object_store` with fsync switched on.
 
-use crate::{Error, Objects};
+use crate::{Error, Objects, background};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as ObjectPath;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
+use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, PutPayload};
 use std::fs::{DirBuilder, Permissions};
 use std::future::Future;
 use std::io;
@@ -11,17 +11,18 @@ use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tokio::runtime::Runtime;
+use std::time::Instant;
 
 const FOLDER_MODE: u32 = 0o700;
 const FILE_MODE: u32 = 0o600;
+/// As much is written at once.
+const PART_BYTES: usize = 1 << 20;
 
 /// Objects as files under a folder of our own.
 #[derive(Debug)]
 pub struct LocalObjects {
     folder: PathBuf,
     store: LocalFileSystem,
-    runtime: Runtime,
 }
 
 impl LocalObjects {
@@ -54,24 +55,36 @@ impl LocalObjects {
         let doing = || format!("opening the folder {}", folder.display());
         let store =
             LocalFileSystem::new_with_prefix(folder).map_err(|e| store_error(doing(), &e))?.with_fsync(true);
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("repository-io")
-            .build()
-            .map_err(|e| io_error("starting the repository's threads".into(), &e))?;
-        Ok(LocalObjects { folder: folder.to_path_buf(), store, runtime })
+        Ok(LocalObjects { folder: folder.to_path_buf(), store })
     }
 
+    /// Outside of a runtime `object_store` does its work where it is polled: on the thread that asks, with the priority that this one
+    /// has. A runtime's own threads would copy a pack of 32 MiB as if it were urgent, beside applications that were just thawed.
     fn run<T>(
         &self,
         doing: &str,
         name: &str,
         operation: impl Future<Output = object_store::Result<T>>,
     ) -> Result<T, Error> {
-        self.runtime.block_on(operation).map_err(|error| match error {
+        futures_executor::block_on(operation).map_err(|error| match error {
             object_store::Error::NotFound { .. } => Error::Missing { object: name.to_string() },
             error => store_error(format!("{doing} {name}"), &error),
         })
+    }
+
+    /// Part by part, so that a thread that gives way does so in the middle of a pack too. Nothing is there under the name until all is.
+    async fn write(&self, path: &ObjectPath, bytes: PutPayload) -> object_store::Result<()> {
+        // Dropped unfinished, it removes what it wrote.
+        let mut upload = self.store.put_multipart(path).await?;
+        for whole in bytes {
+            for from in (0..whole.len()).step_by(PART_BYTES) {
+                let began = Instant::now();
+                let part = whole.slice(from..whole.len().min(from + PART_BYTES));
+                upload.put_part(part.into()).await?;
+                background::breathe(began.elapsed());
+            }
+        }
+        upload.complete().await.map(drop)
     }
 
     /// `object_store` makes files and folders by the process's umask, which is not ours to change. The repository's
@@ -90,7 +103,7 @@ impl LocalObjects {
 
 impl Objects for LocalObjects {
     fn put(&self, name: &str, bytes: PutPayload) -> Result<(), Error> {
-        self.run("writing", name, self.store.put(&ObjectPath::from(name), bytes))?;
+        self.run("writing", name, self.write(&ObjectPath::from(name), bytes))?;
         self.make_private(name).map_err(|error| io_error(format!("making {name} private"), &error))
     }
 
