@@ -417,7 +417,7 @@ impl Guest {
         }
         let devices: Vec<DeviceNumber> = (0..self.filesystems.len()).map(device).collect();
         let path = self.folder.join(format!("ledger-{}", run.number));
-        let ledger = Ledger::create(&path, &devices).expect("a file in a temporary folder");
+        let ledger = Ledger::create(&path, &devices, &[]).expect("a file in a temporary folder");
         std::fs::remove_file(&path).expect("it is ours");
         ledger.renew(nanoseconds(now + run.lease));
         self.later.push((now + run.lease, Later::LeaseEnds(run.number)));

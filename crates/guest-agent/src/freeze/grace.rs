@@ -80,7 +80,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             fs::write(folder.path().join("switch"), value).unwrap();
             let devices = [DeviceNumber { major: 8, minor: 1 }];
-            let ledger = Arc::new(Ledger::create(&folder.path().join("undo"), &devices).unwrap());
+            let ledger = Arc::new(Ledger::create(&folder.path().join("undo"), &devices, &[]).unwrap());
             Self { folder, ledger }
         }
 

@@ -16,6 +16,7 @@ use super::crew::thaw_until_settled;
 use super::grace;
 use super::kernel::boottime_ns;
 use super::ledger::{Freeze, Ledger, Phase, Thaw};
+use super::queue;
 use crate::program::Program;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
@@ -296,6 +297,7 @@ fn watch(fds: &[RawFd]) -> io::Result<()> {
             said_ended = true;
             // An agent that lives does this itself, unless it hangs.
             grace::undo(Path::new(grace::SWITCH), &ledger);
+            queue::undo(&ledger);
         }
         set_timer(&timer, next_look_ns(&ledger, armed, said_ended, agent_ended))?;
         if !spoken {
@@ -327,6 +329,7 @@ fn watch(fds: &[RawFd]) -> io::Result<()> {
         let _joined = thread.join().is_ok();
     }
     grace::undo(Path::new(grace::SWITCH), &ledger);
+    queue::undo(&ledger);
     Ok(())
 }
 

@@ -5,7 +5,8 @@
 //! store to memory: no call that could wait for a frozen file system. Agent and guard agree who thaws by exchanging
 //! a word, so each superblock that we froze gets exactly one FITHAW, and its answer tells whether the freeze held.
 //!
-//! Layout, in 64-bit words of the machine's own order: a header of 16, then 8 for each superblock, in plan order.
+//! Layout, in 64-bit words of the machine's own order: a header of 16, then 8 for each superblock, in plan order, then 2 for each
+//! disk whose queue is shortened.
 
 use super::mountinfo::DeviceNumber;
 use rustix::fs::{MemfdFlags, Mode, OFlags};
@@ -18,11 +19,14 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 /// First word of every record; its last byte is the version of the layout.
-const MAGIC: u64 = 0x5350_4652_5A55_4E01;
+const MAGIC: u64 = 0x5350_4652_5A55_4E02;
 const HEADER_WORDS: usize = 16;
 const ENTRY_WORDS: usize = 8;
+const QUEUE_WORDS: usize = 2;
 /// Most superblocks of one freeze: each has a thread ready in the guard and one in the agent.
 pub const SUPERBLOCKS_MAX: usize = 1024;
+/// Most disks whose queues are shortened.
+pub const QUEUES_MAX: usize = 1024;
 
 /// Words of the header.
 #[derive(Clone, Copy)]
@@ -36,6 +40,7 @@ enum Header {
     HooksOwed,
     HookProcess,
     HookCalledNs,
+    Queues,
 }
 
 /// Words of an entry.
@@ -49,6 +54,13 @@ enum Word {
     ThawCalledNs,
     ThawDoneNs,
     Errno,
+}
+
+/// Words of a queue.
+#[derive(Clone, Copy)]
+enum QueueWord {
+    Device,
+    Requests,
 }
 
 /// Numbers that stand for the states of a word.
@@ -135,7 +147,9 @@ impl Thaw {
 #[derive(Debug)]
 pub struct Ledger {
     words: NonNull<AtomicU64>,
+    length: usize,
     count: usize,
+    queues: usize,
     file: OwnedFd,
 }
 
@@ -145,30 +159,35 @@ unsafe impl Send for Ledger {}
 unsafe impl Sync for Ledger {}
 
 impl Ledger {
-    /// A new record, private to root.
+    /// A new record of these superblocks, and of disks whose queues may be shortened; private to root.
     /// # Errors
     /// What the file system of the state folder answers; `AlreadyExists` if another run's record is there.
-    pub fn create(path: &Path, devices: &[DeviceNumber]) -> io::Result<Self> {
+    pub fn create(path: &Path, devices: &[DeviceNumber], queues: &[DeviceNumber]) -> io::Result<Self> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        Self::write(rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?, devices)
+        Self::write(rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?, devices, queues)
     }
 
     /// A record that no other process will read, of hooks alone.
     /// # Errors
     /// When the kernel has no room.
     pub fn of_hooks_alone() -> io::Result<Self> {
-        Self::write(rustix::fs::memfd_create("hooks", MemfdFlags::CLOEXEC)?, &[])
+        Self::write(rustix::fs::memfd_create("hooks", MemfdFlags::CLOEXEC)?, &[], &[])
     }
 
-    fn write(file: OwnedFd, devices: &[DeviceNumber]) -> io::Result<Self> {
-        let words = HEADER_WORDS + ENTRY_WORDS * devices.len();
+    fn write(file: OwnedFd, devices: &[DeviceNumber], queues: &[DeviceNumber]) -> io::Result<Self> {
+        let length = length(devices.len(), queues.len());
         // Really allocated: a full tmpfs must show here, and not as a bus error while frozen.
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 8 * words as u64)?;
-        let ledger = Self::map(file, devices.len())?;
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 8 * length as u64)?;
+        let mut ledger = Self::map(file, length)?;
+        (ledger.count, ledger.queues) = (devices.len(), queues.len());
         for (at, device) in devices.iter().enumerate() {
             ledger.entry(at, Word::Device).store(device.packed(), SeqCst);
         }
+        for (at, device) in queues.iter().enumerate() {
+            ledger.queue(at, QueueWord::Device).store(device.packed(), SeqCst);
+        }
         ledger.header(Header::Count).store(devices.len() as u64, SeqCst);
+        ledger.header(Header::Queues).store(queues.len() as u64, SeqCst);
         ledger.header(Header::Magic).store(MAGIC, SeqCst);
         Ok(ledger)
     }
@@ -185,26 +204,29 @@ impl Ledger {
     /// As `open`.
     pub fn attach(file: OwnedFd) -> io::Result<Self> {
         let bytes = usize::try_from(rustix::fs::fstat(&file)?.st_size).unwrap_or(0);
-        let words = bytes / 8;
         let damaged =
             || io::Error::new(io::ErrorKind::InvalidData, "the undo record is damaged or unfinished");
-        let count = words.checked_sub(HEADER_WORDS).ok_or_else(damaged)? / ENTRY_WORDS;
-        if count > SUPERBLOCKS_MAX {
+        if !(8 * HEADER_WORDS..=8 * length(SUPERBLOCKS_MAX, QUEUES_MAX)).contains(&bytes) {
             return Err(damaged());
         }
-        let ledger = Self::map(file, count)?;
+        let mut ledger = Self::map(file, bytes / 8)?;
+        let number = |header| usize::try_from(ledger.header(header).load(SeqCst)).unwrap_or(usize::MAX);
+        let (count, queues) = (number(Header::Count), number(Header::Queues));
         let complete = ledger.header(Header::Magic).load(SeqCst) == MAGIC
-            && ledger.header(Header::Count).load(SeqCst) == count as u64;
+            && count <= SUPERBLOCKS_MAX
+            && queues <= QUEUES_MAX
+            && length(count, queues) == ledger.length;
+        (ledger.count, ledger.queues) = (count, queues);
         if complete { Ok(ledger) } else { Err(damaged()) }
     }
 
-    fn map(file: OwnedFd, count: usize) -> io::Result<Self> {
-        let bytes = 8 * (HEADER_WORDS + ENTRY_WORDS * count);
+    /// So many words, of which nothing is known yet.
+    fn map(file: OwnedFd, length: usize) -> io::Result<Self> {
         // SAFETY: a fresh shared mapping of a file that is at least that long; nothing else points to it.
         let words = unsafe {
             rustix::mm::mmap(
                 std::ptr::null_mut(),
-                bytes,
+                8 * length,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::SHARED,
                 &file,
@@ -212,11 +234,11 @@ impl Ledger {
             )?
         };
         let words = NonNull::new(words.cast()).ok_or_else(|| io::Error::other("mapped at null"))?;
-        Ok(Self { words, count, file })
+        Ok(Self { words, length, count: 0, queues: 0, file })
     }
 
     fn word(&self, at: usize) -> &AtomicU64 {
-        assert!(at < HEADER_WORDS + ENTRY_WORDS * self.count, "word {at} of the undo record");
+        assert!(at < self.length, "word {at} of the undo record");
         // SAFETY: within the mapping, aligned (it starts on a page), and atomics may be shared.
         unsafe { self.words.add(at).as_ref() }
     }
@@ -228,6 +250,11 @@ impl Ledger {
     fn entry(&self, at: usize, word: Word) -> &AtomicU64 {
         assert!(at < self.count, "superblock {at} of {}", self.count);
         self.word(HEADER_WORDS + ENTRY_WORDS * at + word as usize)
+    }
+
+    fn queue(&self, at: usize, word: QueueWord) -> &AtomicU64 {
+        assert!(at < self.queues, "queue {at} of {}", self.queues);
+        self.word(length(self.count, at) + word as usize)
     }
 
     /// The file, to hand it on.
@@ -300,6 +327,17 @@ impl Ledger {
         self.header(Header::ShortGrace).load(SeqCst) != 0
     }
 
+    /// The disks whose queues may be shortened, each with what its queue held before; 0: as it was.
+    pub fn queues(&self) -> impl Iterator<Item = (DeviceNumber, u64)> {
+        let word = |at, word| self.queue(at, word).load(SeqCst);
+        (0..self.queues).map(move |at| (unpacked(word(at, QueueWord::Device)), word(at, QueueWord::Requests)))
+    }
+
+    /// Says that a queue, in the order of `queues`, held so many requests and is about to be shortened; 0: it is as it was.
+    pub fn note_queue(&self, at: usize, requests: u64) {
+        self.queue(at, QueueWord::Requests).store(requests, SeqCst);
+    }
+
     /// Says that the first so many hooks of the record are owed the call after the thaw.
     pub fn owe_hooks(&self, count: usize) {
         self.header(Header::HooksOwed).store(count as u64, SeqCst);
@@ -332,9 +370,7 @@ impl Ledger {
 
     /// Number of the superblock.
     pub fn device(&self, at: usize) -> DeviceNumber {
-        let packed = self.entry(at, Word::Device).load(SeqCst);
-        let half = |word: u64| u32::try_from(word & u64::from(u32::MAX)).unwrap_or(0);
-        DeviceNumber { major: half(packed >> 32), minor: half(packed) }
+        unpacked(self.entry(at, Word::Device).load(SeqCst))
     }
 
     /// How far its freeze has come.
@@ -415,11 +451,20 @@ impl Ledger {
     }
 }
 
+/// Words of a record.
+fn length(count: usize, queues: usize) -> usize {
+    HEADER_WORDS + ENTRY_WORDS * count + QUEUE_WORDS * queues
+}
+
+fn unpacked(packed: u64) -> DeviceNumber {
+    let half = |word: u64| u32::try_from(word & u64::from(u32::MAX)).unwrap_or(0);
+    DeviceNumber { major: half(packed >> 32), minor: half(packed) }
+}
+
 impl Drop for Ledger {
     fn drop(&mut self) {
-        let bytes = 8 * (HEADER_WORDS + ENTRY_WORDS * self.count);
         // SAFETY: exactly what `map` made; no reference into it outlives `self`. A failure leaves a mapping behind.
-        let _unmapped = unsafe { rustix::mm::munmap(self.words.as_ptr().cast(), bytes) }.is_ok();
+        let _unmapped = unsafe { rustix::mm::munmap(self.words.as_ptr().cast(), 8 * self.length) }.is_ok();
     }
 }
 
@@ -430,7 +475,8 @@ mod tests {
     fn ledger() -> (tempfile::TempDir, Ledger) {
         let folder = tempfile::tempdir().unwrap();
         let devices = [DeviceNumber { major: 8, minor: 1 }, DeviceNumber { major: 0, minor: 40 }];
-        let ledger = Ledger::create(&folder.path().join("undo"), &devices).unwrap();
+        let queues = [DeviceNumber { major: 254, minor: 16 }];
+        let ledger = Ledger::create(&folder.path().join("undo"), &devices, &queues).unwrap();
         (folder, ledger)
     }
 
@@ -441,6 +487,8 @@ mod tests {
         ledger.end_freeze(1, Freeze::Frozen, 0, 9);
         let other = Ledger::open(&folder.path().join("undo")).unwrap();
         assert_eq!((other.count(), other.device(1).to_string()), (2, "0:40".to_owned()));
+        ledger.note_queue(0, 256);
+        assert_eq!(other.queues().collect::<Vec<_>>(), [(DeviceNumber { major: 254, minor: 16 }, 256)]);
         assert_eq!(other.frozen(1), Freeze::Frozen);
         assert!(!other.settled(1) && other.settled(0));
         other.end_thaw(1, Thaw::Done, 12);
@@ -483,7 +531,7 @@ mod tests {
     fn an_unfinished_record_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("undo");
-        std::fs::write(&path, vec![0u8; 8 * (HEADER_WORDS + ENTRY_WORDS)]).unwrap();
+        std::fs::write(&path, vec![0u8; 8 * length(1, 0)]).unwrap();
         assert_eq!(Ledger::open(&path).unwrap_err().kind(), io::ErrorKind::InvalidData);
         std::fs::write(&path, b"short").unwrap();
         assert_eq!(Ledger::open(&path).unwrap_err().kind(), io::ErrorKind::InvalidData);

@@ -15,6 +15,7 @@ pub mod kernel;
 pub mod ledger;
 pub mod mountinfo;
 pub mod plan;
+pub mod queue;
 pub mod reach;
 pub mod selection;
 pub mod writers;

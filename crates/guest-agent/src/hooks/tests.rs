@@ -26,7 +26,7 @@ impl House {
         let bell = crate::poll::Bell::new().unwrap();
         let settings = Settings { path: folder.path().join("d"), limit: LONG, tell_output: true };
         Self {
-            ledger: Arc::new(Ledger::create(&folder.path().join("undo"), &[]).unwrap()),
+            ledger: Arc::new(Ledger::create(&folder.path().join("undo"), &[], &[]).unwrap()),
             leftovers: Arc::new(Leftovers::beside(&bell).unwrap()),
             bell,
             stopped: AtomicBool::new(false),

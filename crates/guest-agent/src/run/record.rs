@@ -156,7 +156,7 @@ impl Records {
     }
 
     /// Writes a new record. The ledger comes last: without it nothing was frozen.
-    pub(super) fn create(&self, record: &Record) -> io::Result<(Ledger, Written)> {
+    pub(super) fn create(&self, record: &Record, queues: &[DeviceNumber]) -> io::Result<(Ledger, Written)> {
         let written = Written { records: self.clone() };
         let path = self.record_path();
         let new = self.folder.join("freeze-undo.json.new");
@@ -172,7 +172,7 @@ impl Records {
             .iter()
             .filter_map(|recorded| recorded.report.device_number.parse().ok())
             .collect();
-        let ledger = Ledger::create(&self.ledger_path(), &devices)?;
+        let ledger = Ledger::create(&self.ledger_path(), &devices, queues)?;
         // The lock belongs to the open file, which the guard inherits: it is held until both are gone.
         flock(ledger.file(), FlockOperation::NonBlockingLockExclusive)?;
         Ok((ledger, written))

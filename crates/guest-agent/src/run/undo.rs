@@ -10,6 +10,7 @@ use crate::freeze::grace;
 use crate::freeze::kernel::boottime_ns;
 use crate::freeze::ledger::{Freeze, Ledger, Phase, Thaw};
 use crate::freeze::plan::{Plan, Superblock, plan};
+use crate::freeze::queue;
 use crate::freeze::reach::{mount_devices, reach};
 use crate::hooks::{self, Hooks};
 use crate::log;
@@ -136,6 +137,7 @@ fn undo(record: &Record, ledger: &Arc<Ledger>) -> Evidence {
         let _joined = thread.join().is_ok();
     }
     grace::undo(Path::new(grace::SWITCH), ledger);
+    queue::undo(ledger);
     report(record, ledger, superblocks, lost)
 }
 

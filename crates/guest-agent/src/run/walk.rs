@@ -14,6 +14,7 @@ use crate::freeze::guard::{Guard, START_MAX};
 use crate::freeze::kernel::boottime_ns;
 use crate::freeze::ledger::{Ledger, Phase};
 use crate::freeze::plan::Plan;
+use crate::freeze::queue::{self, ShortQueues};
 use crate::freeze::selection::Selection;
 use crate::freeze::writers::writers;
 use crate::hooks::{self, Hooks};
@@ -151,6 +152,7 @@ impl Run {
         let mut last = vec![Some(Duration::ZERO); self.held.len()];
         let alike_max = if self.flush_until.is_some() { ALIKE } else { ALIKE_STALLING };
         let mut rounds = Rounds { fast, alike_max, quickest: None, alike: 0 };
+        let _short = ShortQueues::begin(&self.ledger);
         for _ in 0..ROUNDS_MAX {
             let begun = Instant::now();
             self.first_flush.get_or_insert(begun);
@@ -296,6 +298,8 @@ impl Prepared {
             held.push(Held { planned, step: plan.steps[planned] });
             folders.push(Arc::new(reached.folder));
         }
+        let carriers = held.iter().flat_map(|held| &plan.superblocks[held.planned].disks);
+        let disks: Vec<&str> = carriers.map(|disk| disk.name.as_str()).collect();
         let record = Record {
             id: order.id.clone(),
             plain: order.plain,
@@ -304,7 +308,7 @@ impl Prepared {
             filesystems: recorded,
             hooks: paths.clone(),
         };
-        let (ledger, record) = match Records::new(statedir).create(&record) {
+        let (ledger, record) = match Records::new(statedir).create(&record, &queue::long(disks)) {
             Ok((ledger, written)) => (Arc::new(ledger), written),
             Err(error) => {
                 let message = format!("the undo record cannot be written to {}: {error}", statedir.display());
