@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Digest of the checksums of a window's 32 blocks.
 pub(crate) type WindowKey = [u8; 16];
@@ -21,6 +21,9 @@ const CHECKED_BYTES: usize = 28;
 const TABLE: TableDefinition<'_, &[u8; 16], &[u8; VALUE_BYTES]> = TableDefinition::new("windows");
 const CACHE_BYTES: usize = 16 << 20;
 const DATABASE: &str = "windows.redb";
+/// So many windows are written at once, 512 MiB of data: each time costs an fsync, and those who share its file system wait for it.
+/// A writer that is killed before stores as much once more, next time.
+const UNWRITTEN_MAX: usize = 4096;
 
 /// The index as one writer may use it.
 pub(crate) struct Dedup {
@@ -29,13 +32,15 @@ pub(crate) struct Dedup {
     condemned: HashSet<PackName>,
     /// Bytes of packs that were looked for since the lease was put; `None` is not there.
     packs: Mutex<HashMap<PackName, Option<u64>>>,
+    /// Of durable packs, and not in the database yet.
+    unwritten: Mutex<HashMap<WindowKey, FrameAddress>>,
 }
 
 impl Dedup {
     /// Without a folder, or with one that cannot be used, nothing is found and nothing remembered.
     pub(crate) fn open(folder: Option<&Path>, key: IndexKey, condemned: HashSet<PackName>) -> Dedup {
         let database = folder.and_then(|folder| quietly(|| open_database(folder)));
-        Dedup { key, database, condemned, packs: Mutex::default() }
+        Dedup { key, database, condemned, packs: Mutex::default(), unwritten: Mutex::default() }
     }
 
     pub(crate) fn window_key(&self, checksums: &[u8]) -> WindowKey {
@@ -46,6 +51,9 @@ impl Dedup {
 
     pub(crate) fn find(&self, objects: &dyn Objects, key: &WindowKey) -> Option<FrameAddress> {
         let database = self.database.as_ref()?;
+        if let Some(address) = self.unwritten().get(key) {
+            return Some(*address);
+        }
         let value = quietly(|| {
             let table = database.begin_read().ok()?.open_table(TABLE).ok()?;
             Some(*table.get(key).ok()??.value())
@@ -60,13 +68,29 @@ impl Dedup {
 
     /// Call only for frames whose pack is durable.
     pub(crate) fn remember(&self, windows: &[(WindowKey, FrameAddress)]) {
+        if self.database.is_none() {
+            return;
+        }
+        let mut unwritten = self.unwritten();
+        unwritten.extend(windows.iter().copied());
+        if unwritten.len() >= UNWRITTEN_MAX {
+            self.write(&mut unwritten);
+        }
+    }
+
+    fn unwritten(&self) -> MutexGuard<'_, HashMap<WindowKey, FrameAddress>> {
+        self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, unwritten: &mut HashMap<WindowKey, FrameAddress>) {
+        let windows = std::mem::take(unwritten);
         let Some(database) = self.database.as_ref().filter(|_| !windows.is_empty()) else { return };
         let written = quietly(|| {
-            // Durable, because a database that several processes write knows nothing less: one fsync a pack.
+            // Durable, because a database that several processes write knows nothing less.
             let transaction = database.begin_write().ok()?;
             {
                 let mut table = transaction.open_table(TABLE).ok()?;
-                for (key, address) in windows {
+                for (key, address) in &windows {
                     table.insert(key, &self.encode(key, address)).ok()?;
                 }
             }
@@ -94,6 +118,13 @@ impl Dedup {
         let check = self.key.digest(&[&key[..], &value[..CHECKED_BYTES]].concat());
         value[CHECKED_BYTES..].copy_from_slice(&check[..VALUE_BYTES - CHECKED_BYTES]);
         value
+    }
+}
+
+impl Drop for Dedup {
+    fn drop(&mut self) {
+        let mut unwritten = std::mem::take(&mut *self.unwritten());
+        self.write(&mut unwritten);
     }
 }
 
