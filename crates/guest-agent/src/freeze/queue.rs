@@ -1,7 +1,7 @@
 //! Short queues while what is dirty is written out.
 //!
 //! A flush fills a disk's queue with hundreds of requests, and what an application syncs beside it waits behind them three times:
-//! a journal's commit is a flush, a write, and a flush. With few requests at once the same is written out in about the same time,
+//! a journal's commit is a flush, a write, and a flush. With few requests at once the same is written out a little later,
 //! and whoever comes between waits for few. The queue is the whole machine's, so it is short for the flush rounds only, and the
 //! undo record says so before it is touched.
 //!
