@@ -115,7 +115,7 @@ mod tests {
     fn answers_find_their_requests_whatever_comes_between() {
         let mut session = Session::new();
         let (stop, bytes) = session.request(&Stop {}).unwrap();
-        assert_eq!(bytes, b"{\"arguments\":{},\"execute\":\"stop\",\"id\":1}\n");
+        assert_eq!(bytes, b"{\"execute\":\"stop\",\"id\":1}\n");
         let (status, _) = session.request(&QueryStatus {}).unwrap();
         session
             .receive(b"{\"return\": {\"running\": true}, \"id\": 2}\r\n{\"event\": \"STOP\"}\r\n{\"ret")

@@ -138,9 +138,14 @@ pub fn parse(line: &[u8]) -> Result<Message, WireError> {
     Err(WireError::NotQmp)
 }
 
-/// Writes one request, line end included.
+/// Writes one request, line end included. QEMU reads its monitor byte by byte, each with a call of its own, so no arguments are not
+/// written as none.
 pub fn encode(id: u64, execute: &str, arguments: &Value) -> Vec<u8> {
-    let mut line = serde_json::json!({ "execute": execute, "arguments": arguments, "id": id }).to_string();
+    let mut request = serde_json::json!({ "execute": execute, "id": id });
+    if arguments.as_object().is_none_or(|members| !members.is_empty()) {
+        request["arguments"] = arguments.clone();
+    }
+    let mut line = request.to_string();
     line.push('\n');
     line.into_bytes()
 }

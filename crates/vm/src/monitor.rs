@@ -5,8 +5,10 @@ use qmp::command::{Command, QmpCapabilities};
 use qmp::schema::{QueryQmpSchema, Schema};
 use qmp::session::RequestId;
 use qmp::{CommandError, Event, Greeting, Session, WireError};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::io::{self, Read, Write};
+use std::marker::PhantomData;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -80,6 +82,16 @@ impl MonitorError {
     pub fn is_broken(&self) -> bool {
         matches!(self, Self::Closed { .. } | Self::Io(_) | Self::Wire(_))
     }
+}
+
+/// A command that was sent, and whose answer is still to be heard. QEMU carries out what it is sent in order, so several
+/// may be.
+#[derive(Debug)]
+#[must_use = "whether the command succeeded is not known before its answer was heard"]
+pub struct Asked<A> {
+    id: RequestId,
+    command: &'static str,
+    answer: PhantomData<A>,
 }
 
 /// A connection to QEMU's monitor. One thread uses it at a time; every wait has a limit.
@@ -171,11 +183,31 @@ impl Monitor {
         command: &C,
         limit: Duration,
     ) -> Result<C::Answer, MonitorError> {
-        let arguments = serde_json::to_value(command)
+        let asked = self.ask(command)?;
+        self.hear(asked, limit)
+    }
+
+    /// Sends a command, and does not wait for its answer.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub fn ask<C: Command>(&mut self, command: &C) -> Result<Asked<C::Answer>, MonitorError> {
+        let (id, bytes) = self
+            .session
+            .request(command)
             .map_err(|source| MonitorError::Answer { command: C::NAME.to_owned(), source })?;
-        let answer = self.run_raw(C::NAME, &arguments, limit)?;
+        self.send(&bytes, Instant::now() + COMMAND_TIMEOUT)?;
+        Ok(Asked { id, command: C::NAME, answer: PhantomData })
+    }
+
+    /// Waits for the answer to a command that was sent, within a limit.
+    ///
+    /// # Errors
+    /// See [`MonitorError`].
+    pub fn hear<A: DeserializeOwned>(&mut self, asked: Asked<A>, limit: Duration) -> Result<A, MonitorError> {
+        let answer = self.hear_raw(asked.id, asked.command, limit)?;
         serde_json::from_value(answer)
-            .map_err(|source| MonitorError::Answer { command: C::NAME.to_owned(), source })
+            .map_err(|source| MonitorError::Answer { command: asked.command.to_owned(), source })
     }
 
     /// Runs a command given as name and arguments.
@@ -183,10 +215,13 @@ impl Monitor {
     /// # Errors
     /// See [`MonitorError`].
     pub fn run_raw(&mut self, name: &str, arguments: &Value, limit: Duration) -> Result<Value, MonitorError> {
-        let deadline = Instant::now() + limit;
         let (id, bytes) = self.session.request_raw(name, arguments);
-        let outcome = self.send(&bytes, deadline).and_then(|()| self.answer(id, name, deadline));
-        match outcome {
+        self.send(&bytes, Instant::now() + limit)?;
+        self.hear_raw(id, name, limit)
+    }
+
+    fn hear_raw(&mut self, id: RequestId, name: &str, limit: Duration) -> Result<Value, MonitorError> {
+        match self.answer(id, name, Instant::now() + limit) {
             Ok(Some(Ok(answer))) => Ok(answer),
             Ok(Some(Err(error))) => Err(MonitorError::Failed { command: name.to_owned(), error }),
             Ok(None) => {

@@ -1,11 +1,12 @@
 //! Carries a plan out: prepare, cut, export.
 
-use crate::monitor::{Monitor, MonitorError};
+use crate::monitor::{COMMAND_TIMEOUT, Monitor, MonitorError};
 use crate::point::here::{Away, here};
 use crate::point::plan::{DiskExport, Plan};
 use crate::point::restart::{Disarmed, Restarter};
-use crate::point::steps::StepError;
-use qmp::machine::{Cont, QueryStatus, Stop};
+use crate::point::steps::{Step, StepError};
+use qmp::command::Nothing;
+use qmp::machine::{Cont, QueryStatus, Status, Stop};
 use qmp::qom::DeviceListProperties;
 use std::io;
 use std::time::{Duration, Instant};
@@ -136,30 +137,48 @@ impl Prepared<'_> {
     /// See [`PointError`]; call [`release`](crate::point::release) then.
     pub fn cut(mut self, monitor: &mut Monitor, limit: Duration) -> Result<Cut, PointError> {
         let steps = self.plan.cut_steps();
-        let cut = |monitor: &mut Monitor| steps.iter().try_for_each(|step| step.run(monitor));
         if !here(monitor)?.running {
-            cut(monitor)?;
+            steps.iter().try_for_each(|step| step.run(monitor))?;
             let stood = !monitor.run(&QueryStatus {})?.running;
             return Ok(Cut { stopped: None, stood, _restarter: self.restarter.disarm() });
         }
         self.restarter.arm().map_err(PointError::Restarter)?;
         let began = Instant::now();
-        let outcome = monitor
-            .run_within(&Stop {}, limit)
-            .map_err(PointError::from)
-            .and_then(|_| cut(monitor).map_err(PointError::from));
+        let (outcome, status) = stop_and_carry_out(monitor, &steps, limit);
         // Also after a `stop` that was not answered: QEMU takes commands in order, so it runs in the end. If this
         // fails, `self.restarter` is dropped armed and tries once more.
-        let resumed = resume(monitor).map_err(PointError::Paused)?;
+        let resumed = resume(monitor, status).map_err(PointError::Paused)?;
         let stopped = began.elapsed();
         let restarter = self.restarter.disarm();
         match resumed {
             Resumed::Runs { stood } => {
-                outcome.map(|()| Cut { stopped: Some(stopped), stood, _restarter: restarter })
+                outcome?;
+                Ok(Cut { stopped: Some(stopped), stood, _restarter: restarter })
             }
             Resumed::Left(state) => Err(Away::Elsewhere(state).into()),
         }
     }
+}
+
+/// Stops the vCPUs, carries the steps out, and asks what state the VM is in then, whatever failed. All of it is sent before the first
+/// answer is waited for: on a busy host each wait takes as long as the command, and all the while the guest is frozen.
+fn stop_and_carry_out(
+    monitor: &mut Monitor,
+    steps: &[Step],
+    limit: Duration,
+) -> (Result<(), StepError>, Result<Status, MonitorError>) {
+    let stop = monitor.ask(&Stop {});
+    let begun: Vec<_> = steps.iter().map(|step| step.begin(monitor)).collect();
+    let status = monitor.ask(&QueryStatus {});
+    let mut outcome =
+        stop.and_then(|asked| monitor.hear(asked, limit)).map(|Nothing {}| ()).map_err(StepError::from);
+    for begun in begun {
+        outcome = outcome.and_then(|()| match begun? {
+            Some(asked) => Ok(monitor.hear(asked, COMMAND_TIMEOUT).map(|Nothing {}| ())?),
+            None => Ok(()),
+        });
+    }
+    (outcome, status.and_then(|asked| monitor.hear(asked, COMMAND_TIMEOUT)))
 }
 
 enum Resumed {
@@ -172,20 +191,20 @@ enum Resumed {
 }
 
 /// Lets the vCPUs run, if they are here. QEMU outlives a connection that broke, and then only a new one can tell it.
-fn resume(monitor: &mut Monitor) -> Result<Resumed, MonitorError> {
+fn resume(monitor: &mut Monitor, status: Result<Status, MonitorError>) -> Result<Resumed, MonitorError> {
     let mut stood = None;
-    match go_on(monitor, &mut stood) {
+    match status.and_then(|status| go_on(monitor, status, &mut stood)) {
         Err(error) if error.is_broken() => {
             monitor.reconnect(RECONNECT_TIMEOUT)?;
-            go_on(monitor, &mut stood)
+            let status = monitor.run(&QueryStatus {})?;
+            go_on(monitor, status, &mut stood)
         }
         answered => answered,
     }
 }
 
 /// Asked anew, a QEMU may run because it heard the first `cont`: what it said before that counts, and stays in `stood`.
-fn go_on(monitor: &mut Monitor, stood: &mut Option<bool>) -> Result<Resumed, MonitorError> {
-    let status = monitor.run(&QueryStatus {})?;
+fn go_on(monitor: &mut Monitor, status: Status, stood: &mut Option<bool>) -> Result<Resumed, MonitorError> {
     if status.is_elsewhere() {
         return Ok(Resumed::Left(status.status));
     }
@@ -234,7 +253,43 @@ mod tests {
                 let _next = commands.next();
             }
         });
-        resume(&mut Monitor::connect(&path, LIMIT).unwrap())
+        let mut monitor = Monitor::connect(&path, LIMIT).unwrap();
+        let status = monitor.run(&QueryStatus {});
+        resume(&mut monitor, status)
+    }
+
+    #[test]
+    fn nothing_is_waited_for_between_the_stop_and_the_last_step() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let qemu = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut commands = BufReader::new(stream.try_clone().unwrap()).lines();
+            let version = json!({ "qemu": { "major": 7, "minor": 2, "micro": 0 }, "package": "" });
+            writeln!(stream, "{}", json!({ "QMP": { "version": version, "capabilities": [] } })).unwrap();
+            let mut read = |count| -> Vec<Value> {
+                commands
+                    .by_ref()
+                    .take(count)
+                    .map(|line| serde_json::from_str(&line.unwrap()).unwrap())
+                    .collect()
+            };
+            let negotiation = read(1);
+            writeln!(stream, "{}", json!({ "return": {}, "id": negotiation[0]["id"] })).unwrap();
+            let asked = read(4);
+            for command in &asked {
+                let answer = if command["execute"] == "query-status" { status(false) } else { json!({}) };
+                writeln!(stream, "{}", json!({ "return": answer, "id": command["id"] })).unwrap();
+            }
+            asked.iter().map(|command| command["execute"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        });
+        let drive = |number| Step::SetDrive { device: format!("d{number}"), node: format!("n{number}") };
+        let mut monitor = Monitor::connect(&path, LIMIT).unwrap();
+        let (outcome, status) = stop_and_carry_out(&mut monitor, &[drive(0), drive(1)], LIMIT);
+        outcome.unwrap();
+        assert!(!status.unwrap().running);
+        assert_eq!(qemu.join().unwrap(), ["stop", "qom-set", "qom-set", "query-status"]);
     }
 
     fn status(running: bool) -> Value {

@@ -3,7 +3,7 @@
 //! Whoever lets a VM go on that has migrated runs it twice, on one set of disks; whoever stops it while it migrates may leave it
 //! stopped where it arrives.
 
-use crate::monitor::{Monitor, MonitorError};
+use crate::monitor::{COMMAND_TIMEOUT, Monitor, MonitorError};
 use qmp::machine::{QueryMigrate, QueryStatus, Status};
 
 /// The VM is, or will be, another QEMU's.
@@ -25,11 +25,12 @@ pub enum Away {
 /// # Errors
 /// See [`Away`].
 pub fn here(monitor: &mut Monitor) -> Result<Status, Away> {
-    let status = monitor.run(&QueryStatus {})?;
+    let (status, migration) = (monitor.ask(&QueryStatus {})?, monitor.ask(&QueryMigrate {})?);
+    let status = monitor.hear(status, COMMAND_TIMEOUT)?;
+    let migration = monitor.hear(migration, COMMAND_TIMEOUT)?;
     if status.is_elsewhere() {
         return Err(Away::Elsewhere(status.status));
     }
-    let migration = monitor.run(&QueryMigrate {})?;
     if migration.is_under_way() {
         return Err(Away::Migrating(migration.status.unwrap_or_default()));
     }

@@ -1,8 +1,9 @@
 //! One step of a point or of its undoing, as data, and how it is carried out.
 
-use crate::monitor::{Monitor, MonitorError};
+use crate::monitor::{Asked, COMMAND_TIMEOUT, Monitor, MonitorError};
 use qmp::bitmap::BlockDirtyBitmapAdd;
 use qmp::block::{BlockdevAdd, BlockdevCreate, BlockdevDel, CreateOptions};
+use qmp::command::Nothing;
 use qmp::export::{
     BlockExportAdd, BlockExportDel, NbdServerStart, NbdServerStop, QueryBlockExports, RemoveMode,
     SocketAddress,
@@ -119,39 +120,50 @@ impl Step {
     /// # Errors
     /// See [`StepError`].
     pub fn run(&self, monitor: &mut Monitor) -> Result<(), StepError> {
-        match self {
-            Self::MakeFolder(path) => {
-                DirBuilder::new().mode(0o700).create(path).map_err(at(path))?;
-                give(monitor, path)
-            }
-            Self::MakeFile(path) => {
-                OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(at(path))?;
-                give(monitor, path)
-            }
-            Self::Open(node) => ignore(monitor.run(node)),
-            Self::Format { job, node, size_bytes } => format(monitor, job, node, *size_bytes),
-            Self::StartServer(socket) => start_server(monitor, socket),
-            Self::Record(bitmap) => ignore(monitor.run(bitmap)),
-            Self::Change(actions) => ignore(monitor.run(&Transaction { actions: actions.clone() })),
-            Self::SetDrive { device, node } => ignore(monitor.run(&QomSet {
+        match self.begin(monitor)? {
+            Some(asked) => monitor.hear(asked, COMMAND_TIMEOUT).map(|Nothing {}| ()).map_err(StepError::from),
+            None => Ok(()),
+        }
+    }
+
+    /// Begins the step, and waits for nothing if it is one command: its answer is still to be heard then. Any other step is
+    /// carried out.
+    ///
+    /// # Errors
+    /// See [`StepError`].
+    pub fn begin(&self, monitor: &mut Monitor) -> Result<Option<Asked<Nothing>>, StepError> {
+        let asked = match self {
+            Self::Open(node) => monitor.ask(node)?,
+            Self::Record(bitmap) => monitor.ask(bitmap)?,
+            Self::Change(actions) => monitor.ask(&Transaction { actions: actions.clone() })?,
+            Self::SetDrive { device, node } => monitor.ask(&QomSet {
                 path: device.clone(),
                 property: "drive".to_owned(),
                 value: node.as_str().into(),
-            })),
-            Self::Export(export) => ignore(monitor.run(export)),
-            Self::Resume => ignore(monitor.run(&Cont {})),
-            Self::EndExport(id) => end_export(monitor, id),
-            Self::Close(node) => ignore(monitor.run(&BlockdevDel { node_name: node.clone() })),
-            Self::DismissJob(id) => ignore(monitor.run(&JobDismiss { id: id.clone() })),
-            Self::StopServer => ignore(monitor.run(&NbdServerStop {})),
-            Self::RemoveFile(path) => std::fs::remove_file(path).map_err(at(path)),
-            Self::RemoveFolder(path) => std::fs::remove_dir(path).map_err(at(path)),
-        }
+            })?,
+            Self::Export(export) => monitor.ask(export)?,
+            Self::Resume => monitor.ask(&Cont {})?,
+            Self::Close(node) => monitor.ask(&BlockdevDel { node_name: node.clone() })?,
+            Self::DismissJob(id) => monitor.ask(&JobDismiss { id: id.clone() })?,
+            Self::StopServer => monitor.ask(&NbdServerStop {})?,
+            Self::MakeFolder(path) => {
+                DirBuilder::new().mode(0o700).create(path).map_err(at(path))?;
+                return give(monitor, path).map(|()| None);
+            }
+            Self::MakeFile(path) => {
+                OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(at(path))?;
+                return give(monitor, path).map(|()| None);
+            }
+            Self::Format { job, node, size_bytes } => {
+                return format(monitor, job, node, *size_bytes).map(|()| None);
+            }
+            Self::StartServer(socket) => return start_server(monitor, socket).map(|()| None),
+            Self::EndExport(id) => return end_export(monitor, id).map(|()| None),
+            Self::RemoveFile(path) => return std::fs::remove_file(path).map_err(at(path)).map(|()| None),
+            Self::RemoveFolder(path) => return std::fs::remove_dir(path).map_err(at(path)).map(|()| None),
+        };
+        Ok(Some(asked))
     }
-}
-
-fn ignore<T>(answer: Result<T, MonitorError>) -> Result<(), StepError> {
-    answer.map(drop).map_err(StepError::Monitor)
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> StepError {
