@@ -35,6 +35,8 @@ pub(crate) struct Qemu {
     /// Node that each device uses, by the device's path.
     pub(crate) devices: BTreeMap<String, String>,
     nodes: BTreeSet<String>,
+    /// The node below each filter.
+    filters: BTreeMap<String, String>,
     /// By node and name.
     pub(crate) bitmaps: BTreeMap<(String, String), Bitmap>,
     exports: BTreeSet<String>,
@@ -70,6 +72,7 @@ impl Qemu {
             bitmaps: nodes.iter().filter_map(bitmap).collect(),
             owed: nodes.iter().map(|node| (node.clone(), BTreeSet::new())).collect(),
             nodes,
+            filters: BTreeMap::new(),
             exports: BTreeSet::new(),
             server: false,
             files: BTreeSet::new(),
@@ -93,8 +96,11 @@ impl Qemu {
         if let Some(since) = self.since_cut.get_mut(node) {
             since.insert(block);
         }
+        let passed = |on: &String| {
+            on == node || self.filters.get(on) == Some(node) && self.devices.values().any(|uses| uses == on)
+        };
         for ((on, _), bitmap) in &mut self.bitmaps {
-            if on == node && bitmap.recording {
+            if passed(on) && bitmap.recording {
                 bitmap.dirty.insert(block);
             }
         }
@@ -217,6 +223,9 @@ impl Qemu {
                 if uses.is_some_and(|uses| !self.nodes.contains(uses)) {
                     return Err(format!("no node {uses:?}"));
                 }
+                if let Some(below) = uses.filter(|_| node["driver"] == "copy-before-write") {
+                    self.filters.insert(name.clone(), below.to_owned());
+                }
                 if !self.nodes.insert(name.clone()) { Err(format!("{name} exists")) } else { Ok(()) }
             }
             Step::Format { .. } | Step::DismissJob(_) => Ok(()),
@@ -238,6 +247,10 @@ impl Qemu {
                 assert!(uses != node, "QEMU 7.2 dies when a device is set to the node that it uses");
                 *uses = node.clone();
                 self.cut_running |= self.running && node.ends_with("-cbw");
+                if let Some(below) = self.filters.get(node) {
+                    // The guest's writes from here on belong to the next increment.
+                    self.since_cut.insert(below.clone(), BTreeSet::new());
+                }
                 Ok(())
             }
             Step::Export(export) => {
@@ -258,6 +271,7 @@ impl Qemu {
                 if used {
                     return Err(format!("{node} is in use"));
                 }
+                self.bitmaps.retain(|(on, _), _| on != node);
                 self.nodes.remove(node).then_some(()).ok_or(format!("no node {node}"))
             }
             Step::Record(bitmap) => self.bitmap(&Action::BlockDirtyBitmapAdd(bitmap.clone())),
@@ -279,8 +293,6 @@ impl Qemu {
             Action::BlockDirtyBitmapAdd(add) => {
                 let fresh = Bitmap { recording: true, dirty: BTreeSet::new() };
                 self.bitmaps.insert((add.node.clone(), add.name.clone()), fresh);
-                // The guest's writes from here on belong to the next increment.
-                self.since_cut.insert(add.node.clone(), BTreeSet::new());
             }
             Action::BlockDirtyBitmapRemove(one) => {
                 let key = (one.node.clone(), one.name.clone());

@@ -253,6 +253,27 @@ fn an_increment_lists_exactly_the_4_kib_blocks_written_since_its_parent() {
 }
 
 #[test]
+fn what_the_guest_writes_between_the_point_and_the_exports_is_in_the_next_increment_and_nothing_from_before()
+{
+    let (qemu, mut monitor) = running();
+    let first = both(&qemu, &mut monitor, "s1", None, false);
+    let prepared = point::prepare(&mut monitor, &first).unwrap();
+    write(&mut monitor, RAW, 0x33, 8 * MIB, MIB);
+    let _cut = prepared.cut(&mut monitor, STOP_LIMIT).unwrap();
+    write(&mut monitor, RAW, 0x44, MIB, 4096);
+    write(&mut monitor, QCOW2, 0x44, 5 * MIB, 8192);
+    point::export(&mut monitor, &first).unwrap();
+    write(&mut monitor, RAW, 0x55, 2 * MIB, 4096);
+    release(&mut monitor, &first, Outcome::Kept).unwrap();
+
+    let second = both(&qemu, &mut monitor, "s2", Some("s1"), true);
+    let exports = cut(&mut monitor, &second);
+    assert_eq!(changed(&second, &exports[0]), ["1048576+4096", "2097152+4096"]);
+    assert_eq!(changed(&second, &exports[1]), ["5242880+8192"]);
+    release(&mut monitor, &second, Outcome::Kept).unwrap();
+}
+
+#[test]
 fn what_an_increment_does_not_read_is_discarded_and_no_longer_kept() {
     let (qemu, mut monitor) = running();
     let first = both(&qemu, &mut monitor, "s1", None, false);

@@ -2,7 +2,7 @@
 
 use crate::disks::{Disk, OUR_PREFIX};
 use crate::point::steps::Step;
-use qmp::bitmap::{BlockDirtyBitmapAdd, BlockDirtyBitmapDisable};
+use qmp::bitmap::{BlockDirtyBitmapAdd, BlockDirtyBitmapDisable, BlockDirtyBitmapMerge};
 use qmp::block::{BlockdevAdd, Cache, Discard, OnCbwError};
 use qmp::export::{BitmapReference, BlockExportAdd, ExportKind};
 use qmp::transaction::Action;
@@ -239,6 +239,14 @@ impl Plan {
                 cache,
             }));
             steps.push(Step::Open(self.filter(disk)));
+            // Records what the guest writes through the filter, and so from the point on.
+            steps.push(Step::Record(BlockDirtyBitmapAdd {
+                node: disk.filter_node.clone(),
+                name: disk.bitmap.clone(),
+                granularity: Some(disk.granularity_bytes),
+                persistent: None,
+                disabled: None,
+            }));
         }
         steps.push(Step::StartServer(self.socket.clone()));
         steps
@@ -246,33 +254,41 @@ impl Plan {
 
     /// What happens while the vCPUs are stopped, and so no more than has to.
     pub fn cut_steps(&self) -> Vec<Step> {
-        let record = self.disks.iter().map(|disk| {
-            Step::Record(BlockDirtyBitmapAdd {
-                node: disk.disk.node.clone(),
-                name: disk.bitmap.clone(),
-                granularity: Some(disk.granularity_bytes),
-                persistent: Some(disk.disk.keeps_bitmaps),
-                disabled: None,
-            })
-        });
-        let filter = self
-            .disks
-            .iter()
-            .map(|disk| Step::SetDrive { device: disk.disk.device.clone(), node: disk.filter_node.clone() });
-        record.chain(filter).collect()
+        let filter = |disk: &DiskPlan| Step::SetDrive {
+            device: disk.disk.device.clone(),
+            node: disk.filter_node.clone(),
+        };
+        self.disks.iter().map(filter).collect()
     }
 
     /// What makes the disks readable as they were at the point.
     ///
-    /// Only now do the old bitmaps end. What the guest wrote since the point is in them too: a little more is read, as it was at
-    /// the point.
+    /// Only now do the new bitmaps begin on the disks themselves, with what the filters' bitmaps have recorded since the point, and
+    /// the old ones end. What the guest wrote since the point is in those too: a little more is read, as it was at the point.
     pub fn export_steps(&self) -> Vec<Step> {
+        let begin = |disk: &DiskPlan| {
+            let (node, name) = (disk.disk.node.clone(), disk.bitmap.clone());
+            let since_the_point = BitmapReference { node: disk.filter_node.clone(), name: name.clone() };
+            [
+                Action::BlockDirtyBitmapAdd(BlockDirtyBitmapAdd {
+                    node: node.clone(),
+                    name: name.clone(),
+                    granularity: Some(disk.granularity_bytes),
+                    persistent: Some(disk.disk.keeps_bitmaps),
+                    disabled: None,
+                }),
+                Action::BlockDirtyBitmapMerge(BlockDirtyBitmapMerge {
+                    node,
+                    target: name,
+                    bitmaps: vec![since_the_point],
+                }),
+            ]
+        };
         let end = |disk: &DiskPlan| {
             let BitmapReference { node, name } = disk.base_reference()?;
             Some(Action::BlockDirtyBitmapDisable(BlockDirtyBitmapDisable { node, name }))
         };
-        let ended: Vec<_> = self.disks.iter().filter_map(end).collect();
-        let ended = (!ended.is_empty()).then_some(Step::Change(ended));
+        let bitmaps = self.disks.iter().flat_map(begin).chain(self.disks.iter().filter_map(end)).collect();
         let each = self.disks.iter().flat_map(|disk| {
             let access = BlockdevAdd::SnapshotAccess {
                 node_name: disk.access_node.clone(),
@@ -290,7 +306,7 @@ impl Plan {
             };
             [Step::Open(access), Step::Export(export)]
         });
-        ended.into_iter().chain(each).collect()
+        std::iter::once(Step::Change(bitmaps)).chain(each).collect()
     }
 
     /// How to read each disk, in the plan's order.
@@ -326,6 +342,7 @@ impl DiskPlan {
 pub(super) mod tests {
     use super::*;
     use crate::disks::Bus;
+    use serde_json::json;
 
     pub(in crate::point) fn disk(name: &str, keeps_bitmaps: bool) -> Disk {
         Disk {
@@ -418,7 +435,6 @@ pub(super) mod tests {
             .cut_steps()
             .iter()
             .map(|step| match step {
-                Step::Record(bitmap) => serde_json::to_string(bitmap).unwrap(),
                 Step::SetDrive { device, node } => format!("{device} uses {node}"),
                 other => panic!("{other:?}"),
             })
@@ -426,8 +442,6 @@ pub(super) mod tests {
         assert_eq!(
             words,
             [
-                r#"{"node":"d0-node","name":"stillpoint-repo-new-0","granularity":4096,"persistent":false}"#,
-                r#"{"node":"d1-node","name":"stillpoint-repo-new-1","granularity":4096,"persistent":true}"#,
                 "/machine/peripheral/d0 uses stillpoint-abcd1234-0-cbw",
                 "/machine/peripheral/d1 uses stillpoint-abcd1234-1-cbw",
             ]
@@ -435,22 +449,31 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn the_old_bitmaps_end_before_anything_of_them_is_exported() {
+    fn the_new_bitmaps_begin_with_all_since_the_point_and_the_old_ones_end_before_they_are_exported() {
         let plan = Plan::new(&request(&[Some("old"), None], true)).unwrap();
         let steps = plan.export_steps();
         let Step::Change(actions) = &steps[0] else { panic!("{steps:?}") };
-        let actions: Vec<_> = actions.iter().map(|action| serde_json::to_string(action).unwrap()).collect();
-        assert_eq!(
-            actions,
-            [r#"{"type":"block-dirty-bitmap-disable","data":{"node":"d0-node","name":"old"}}"#]
-        );
+        let actions: Vec<_> = actions.iter().map(|action| serde_json::to_value(action).unwrap()).collect();
+        let (first, second) = (["d0", "stillpoint-repo-new-0"], ["d1", "stillpoint-repo-new-1"]);
+        let begun =
+            [(first, "stillpoint-abcd1234-0-cbw", false), (second, "stillpoint-abcd1234-1-cbw", true)];
+        let mut expected = vec![];
+        for ([disk, name], filter, persistent) in begun {
+            let node = format!("{disk}-node");
+            let add = json!({ "node": node, "name": name, "granularity": 4096, "persistent": persistent });
+            let since_the_point = json!([{ "node": filter, "name": name }]);
+            let merge = json!({ "node": node, "target": name, "bitmaps": since_the_point });
+            expected.push(json!({ "type": "block-dirty-bitmap-add", "data": add }));
+            expected.push(json!({ "type": "block-dirty-bitmap-merge", "data": merge }));
+        }
+        let end = json!({ "node": "d0-node", "name": "old" });
+        expected.push(json!({ "type": "block-dirty-bitmap-disable", "data": end }));
+        assert_eq!(actions, expected);
         let discards = |step: &Step| matches!(step, Step::Export(export) if export.writable);
         assert_eq!(
             steps.iter().filter(|step| discards(step)).count(),
             1,
             "of the increment alone: {steps:#?}"
         );
-        let full = Plan::new(&request(&[None], false)).unwrap();
-        assert!(full.export_steps().iter().all(|step| !matches!(step, Step::Change(_))), "nothing to end");
     }
 }

@@ -262,7 +262,7 @@ fn bitmap_actions(plan: &Plan, disk: &DiskPlan, facts: &Facts, outcome: Outcome)
     let remove = |name: &str| {
         Action::BlockDirtyBitmapRemove(BlockDirtyBitmapRemove { node: node.clone(), name: name.to_owned() })
     };
-    // Without the new bitmap nothing was cut (or all is undone): the old one still records.
+    // Without the new bitmap nothing was exported (or all is undone): the old one still records.
     let Some(new) = find(&disk.bitmap) else { return vec![] };
     match outcome {
         Outcome::Kept => {
