@@ -36,6 +36,8 @@ const FIRST_ROUND_FAST: Duration = Duration::from_secs(1);
 /// and where nobody is. There another round costs little, and each page that it writes out is one that no frozen writer waits for.
 const ALIKE_STALLING: u32 = 1;
 const ALIKE: u32 = 3;
+/// The same right before FIFREEZE, whose own time begins with what came in during the last round.
+const REMAINDER_FAST: Duration = Duration::from_millis(15);
 /// Longest time for the flush rounds between the quiesce and the freeze, where locks may be held.
 const LAST_FLUSH_MAX: Duration = Duration::from_secs(5);
 /// Longest wait for the end of a rehearsal that is called off.
@@ -150,8 +152,7 @@ impl Run {
     /// superblock took in the last round.
     fn flush(&mut self, fast: Duration, deadline: Instant) -> Vec<Option<Duration>> {
         let mut last = vec![Some(Duration::ZERO); self.held.len()];
-        let alike_max = if self.flush_until.is_some() { ALIKE } else { ALIKE_STALLING };
-        let mut rounds = Rounds { fast, alike_max, quickest: None, alike: 0 };
+        let mut rounds = Rounds::until(fast, self.alike_max());
         let _short = ShortQueues::begin(&self.ledger);
         for _ in 0..ROUNDS_MAX {
             let begun = Instant::now();
@@ -168,20 +169,36 @@ impl Run {
         last
     }
 
-    /// Writes out what came in while the guard was armed: FIFREEZE would, with all writers shut out. Not where the last round was
-    /// slow: as much would come in again. False if it is not done at the deadline, or not wanted any more.
+    /// Writes out what came in while the guard was armed: FIFREEZE would, with all writers shut out. A long round leaves as much as
+    /// came in meanwhile, so others follow. Not where the last round before was slow: that guest's rounds never get short.
+    /// False if it is not done at the deadline, or not wanted any more.
     pub(super) fn flush_remainder(&mut self, deadline: Instant) -> bool {
+        let alike_max = self.alike_max();
         let report = &mut self.evidence.report;
         let mut is_out = true;
         if report.flush_rounds_ms.last().is_some_and(|last| *last <= ms(ROUND_FAST)) {
-            let begun = Instant::now();
             let ledger = &self.ledger;
-            let flushed = self.crew.flush(deadline, || ledger.phase() != Phase::Armed);
-            report.flush_rounds_ms.push(ms(begun.elapsed()));
-            is_out = flushed.iter().all(Option::is_some);
+            let mut rounds = Rounds::until(REMAINDER_FAST, alike_max);
+            // The other half is FIFREEZE's own.
+            let half = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
+            for _ in 0..ROUNDS_MAX {
+                let begun = Instant::now();
+                let flushed = self.crew.flush(deadline, || ledger.phase() != Phase::Armed);
+                let took = begun.elapsed();
+                report.flush_rounds_ms.push(ms(took));
+                is_out = flushed.iter().all(Option::is_some);
+                let left = half.saturating_duration_since(Instant::now());
+                if !is_out || rounds.settled(took) || !another_fits(took, left) {
+                    break;
+                }
+            }
         }
         report.flushing_ms = self.first_flush.map(|first| ms(first.elapsed()));
         is_out
+    }
+
+    fn alike_max(&self) -> u32 {
+        if self.flush_until.is_some() { ALIKE } else { ALIKE_STALLING }
     }
 
     /// Longest time from now for the flush rounds before the freeze.
@@ -220,6 +237,10 @@ struct Rounds {
 }
 
 impl Rounds {
+    fn until(fast: Duration, alike_max: u32) -> Self {
+        Self { fast, alike_max, quickest: None, alike: 0 }
+    }
+
     /// Whether a freeze after this round would be about as short as one after any later round.
     ///
     /// A round that took much longer than the quickest one had a burst of writes to write out, and as much came meanwhile: the
@@ -483,7 +504,7 @@ mod tests {
     }
 
     fn flushed_until(alike_max: u32, rounds_ms: &[u64]) -> usize {
-        let mut rounds = Rounds { fast: ROUND_FAST, alike_max, quickest: None, alike: 0 };
+        let mut rounds = Rounds::until(ROUND_FAST, alike_max);
         let settled = rounds_ms.iter().position(|ms| rounds.settled(Duration::from_millis(*ms)));
         settled.map_or(rounds_ms.len() + 1, |at| at + 1)
     }
