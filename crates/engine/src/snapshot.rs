@@ -208,12 +208,11 @@ impl Hands for Carrier<'_> {
     fn begins(&mut self, action: Action) {
         self.watch.step(match action {
             Action::Freeze => "freezing the guest",
-            Action::Cut if self.prepared.is_some() => "taking the point",
-            Action::Thaw => "thawing the guest",
             Action::Copy => "copying disk data",
             Action::Seal => "sealing the snapshot",
             Action::Undo => "cleaning up",
-            Action::Cut | Action::Judge | Action::Release => return,
+            // Not while the guest may be frozen: a terminal that is held (Ctrl-S) would hold the run, and so the thaw.
+            Action::Cut | Action::Thaw | Action::Judge | Action::Release => return,
         });
     }
 
