@@ -1,6 +1,6 @@
 //! Carries a plan out: prepare, cut, export.
 
-use crate::monitor::{COMMAND_TIMEOUT, Monitor, MonitorError};
+use crate::monitor::{Asked, COMMAND_TIMEOUT, Monitor, MonitorError};
 use crate::point::here::{Away, here};
 use crate::point::plan::{DiskExport, Plan};
 use crate::point::restart::{Disarmed, Restarter};
@@ -144,10 +144,9 @@ impl Prepared<'_> {
         }
         self.restarter.arm().map_err(PointError::Restarter)?;
         let began = Instant::now();
-        let (outcome, status) = stop_and_carry_out(monitor, &steps, limit);
-        // Also after a `stop` that was not answered: QEMU takes commands in order, so it runs in the end. If this
-        // fails, `self.restarter` is dropped armed and tries once more.
-        let resumed = resume(monitor, status).map_err(PointError::Paused)?;
+        let (outcome, resumed) = stop_carry_out_and_resume(monitor, &steps, limit);
+        // If this failed, `self.restarter` is dropped armed and tries once more.
+        let resumed = resumed.map_err(PointError::Paused)?;
         let stopped = began.elapsed();
         let restarter = self.restarter.disarm();
         match resumed {
@@ -160,27 +159,6 @@ impl Prepared<'_> {
     }
 }
 
-/// Stops the vCPUs, carries the steps out, and asks what state the VM is in then, whatever failed. All of it is sent before the first
-/// answer is waited for: on a busy host each wait takes as long as the command, and all the while the guest is frozen.
-fn stop_and_carry_out(
-    monitor: &mut Monitor,
-    steps: &[Step],
-    limit: Duration,
-) -> (Result<(), StepError>, Result<Status, MonitorError>) {
-    let stop = monitor.ask(&Stop {});
-    let begun: Vec<_> = steps.iter().map(|step| step.begin(monitor)).collect();
-    let status = monitor.ask(&QueryStatus {});
-    let mut outcome =
-        stop.and_then(|asked| monitor.hear(asked, limit)).map(|Nothing {}| ()).map_err(StepError::from);
-    for begun in begun {
-        outcome = outcome.and_then(|()| match begun? {
-            Some(asked) => Ok(monitor.hear(asked, COMMAND_TIMEOUT).map(|Nothing {}| ())?),
-            None => Ok(()),
-        });
-    }
-    (outcome, status.and_then(|asked| monitor.hear(asked, COMMAND_TIMEOUT)))
-}
-
 enum Resumed {
     Runs {
         /// It did not before: the disks were cut while it stood.
@@ -190,25 +168,61 @@ enum Resumed {
     Left(String),
 }
 
-/// Lets the vCPUs run, if they are here. QEMU outlives a connection that broke, and then only a new one can tell it.
-fn resume(monitor: &mut Monitor, status: Result<Status, MonitorError>) -> Result<Resumed, MonitorError> {
+/// Stops the vCPUs, carries the steps out, asks what state the VM is in then, and lets it run, whatever failed before: also after a
+/// `stop` that was not answered, for QEMU takes commands in order.
+///
+/// All of it is sent before the first answer is waited for. On a busy host each wait takes as long as a command, and all the while the
+/// guest is frozen.
+fn stop_carry_out_and_resume(
+    monitor: &mut Monitor,
+    steps: &[Step],
+    limit: Duration,
+) -> (Result<(), StepError>, Result<Resumed, MonitorError>) {
+    let stop = monitor.ask(&Stop {});
+    let begun: Vec<_> = steps.iter().map(|step| step.begin(monitor)).collect();
+    let (status, cont) = (monitor.ask(&QueryStatus {}), monitor.ask(&Cont {}));
+    let mut outcome =
+        stop.and_then(|asked| monitor.hear(asked, limit)).map(|Nothing {}| ()).map_err(StepError::from);
+    for begun in begun {
+        outcome = outcome.and_then(|()| match begun? {
+            Some(asked) => Ok(monitor.hear(asked, COMMAND_TIMEOUT).map(|Nothing {}| ())?),
+            None => Ok(()),
+        });
+    }
+    (outcome, resumed(monitor, status, cont))
+}
+
+/// Hears whether the vCPUs run. QEMU outlives a connection that broke, and then only a new one can tell it.
+fn resumed(
+    monitor: &mut Monitor,
+    status: Result<Asked<Status>, MonitorError>,
+    cont: Result<Asked<Nothing>, MonitorError>,
+) -> Result<Resumed, MonitorError> {
     let mut stood = None;
-    match status.and_then(|status| go_on(monitor, status, &mut stood)) {
+    let heard = status.and_then(|asked| monitor.hear(asked, COMMAND_TIMEOUT)).and_then(|status| {
+        if status.is_elsewhere() {
+            return Ok(Resumed::Left(status.status));
+        }
+        let stood = *stood.insert(!status.running);
+        cont.and_then(|asked| monitor.hear(asked, COMMAND_TIMEOUT)).map(|Nothing {}| Resumed::Runs { stood })
+    });
+    match heard {
         Err(error) if error.is_broken() => {
             monitor.reconnect(RECONNECT_TIMEOUT)?;
-            let status = monitor.run(&QueryStatus {})?;
-            go_on(monitor, status, &mut stood)
+            go_on(monitor, stood)
         }
-        answered => answered,
+        heard => heard,
     }
 }
 
-/// Asked anew, a QEMU may run because it heard the first `cont`: what it said before that counts, and stays in `stood`.
-fn go_on(monitor: &mut Monitor, status: Status, stood: &mut Option<bool>) -> Result<Resumed, MonitorError> {
+/// Lets the vCPUs run, if they are here. A QEMU may run already because it heard the first `cont`: whether it `stood` before that
+/// counts, if it said so.
+fn go_on(monitor: &mut Monitor, stood: Option<bool>) -> Result<Resumed, MonitorError> {
+    let status = monitor.run(&QueryStatus {})?;
     if status.is_elsewhere() {
         return Ok(Resumed::Left(status.status));
     }
-    let stood = *stood.get_or_insert(!status.running);
+    let stood = stood.unwrap_or(!status.running);
     monitor.run(&Cont {}).map(|_| Resumed::Runs { stood })
 }
 
@@ -254,12 +268,12 @@ mod tests {
             }
         });
         let mut monitor = Monitor::connect(&path, LIMIT).unwrap();
-        let status = monitor.run(&QueryStatus {});
-        resume(&mut monitor, status)
+        let (status, cont) = (monitor.ask(&QueryStatus {}), monitor.ask(&Cont {}));
+        super::resumed(&mut monitor, status, cont)
     }
 
     #[test]
-    fn nothing_is_waited_for_between_the_stop_and_the_last_step() {
+    fn nothing_is_waited_for_between_stop_and_cont() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("qmp");
         let listener = UnixListener::bind(&path).unwrap();
@@ -277,7 +291,7 @@ mod tests {
             };
             let negotiation = read(1);
             writeln!(stream, "{}", json!({ "return": {}, "id": negotiation[0]["id"] })).unwrap();
-            let asked = read(4);
+            let asked = read(5);
             for command in &asked {
                 let answer = if command["execute"] == "query-status" { status(false) } else { json!({}) };
                 writeln!(stream, "{}", json!({ "return": answer, "id": command["id"] })).unwrap();
@@ -286,10 +300,10 @@ mod tests {
         });
         let drive = |number| Step::SetDrive { device: format!("d{number}"), node: format!("n{number}") };
         let mut monitor = Monitor::connect(&path, LIMIT).unwrap();
-        let (outcome, status) = stop_and_carry_out(&mut monitor, &[drive(0), drive(1)], LIMIT);
+        let (outcome, resumed) = stop_carry_out_and_resume(&mut monitor, &[drive(0), drive(1)], LIMIT);
         outcome.unwrap();
-        assert!(!status.unwrap().running);
-        assert_eq!(qemu.join().unwrap(), ["stop", "qom-set", "qom-set", "query-status"]);
+        assert!(matches!(resumed, Ok(Resumed::Runs { stood: true })));
+        assert_eq!(qemu.join().unwrap(), ["stop", "qom-set", "qom-set", "query-status", "cont"]);
     }
 
     fn status(running: bool) -> Value {

@@ -1,6 +1,6 @@
 //! Lets the vCPUs run again even if we die while they are stopped.
 //!
-//! QEMU drops the queued commands of a client that vanishes, so `cont` cannot be sent ahead. Instead a shell, in a
+//! QEMU drops the queued commands of a client that vanishes, so a `cont` that was sent ahead is not enough. A shell, in a
 //! process group of its own, holds a second handle to the monitor's connection and a pipe from us. The first word on it
 //! says that we are about to stop the vCPUs, the second that they run again. When the pipe closes between the two, it sends `cont`;
 //! before and after it does nothing: the VM may be paused by its owner, or have migrated.
