@@ -206,14 +206,9 @@ impl Hands for Carrier<'_> {
     }
 
     fn begins(&mut self, action: Action) {
-        self.watch.step(match action {
-            Action::Freeze => "freezing the guest",
-            Action::Copy => "copying disk data",
-            Action::Seal => "sealing the snapshot",
-            Action::Undo => "cleaning up",
-            // Not while the guest may be frozen: a terminal that is held (Ctrl-S) would hold the run, and so the thaw.
-            Action::Cut | Action::Thaw | Action::Judge | Action::Release => return,
-        });
+        if let Some(words) = told(action) {
+            self.watch.step(words);
+        }
     }
 
     /// Everything slow in QEMU, with the journal written first.
@@ -305,6 +300,18 @@ impl Hands for Carrier<'_> {
     }
 }
 
+/// What a watcher is told when an action begins. Nothing while the guest may be frozen: a terminal that is held (Ctrl-S) would hold
+/// the run, and so the thaw.
+fn told(action: Action) -> Option<&'static str> {
+    match action {
+        Action::Freeze => Some("freezing the guest"),
+        Action::Copy => Some("copying disk data"),
+        Action::Seal => Some("sealing the snapshot"),
+        Action::Undo => Some("cleaning up"),
+        Action::Cut | Action::Thaw | Action::Judge | Action::Release => None,
+    }
+}
+
 impl Carrier<'_> {
     /// Whether the VM has ended: nobody listens at its monitor's socket any more, and who made it is gone. One that closed
     /// its monitor is given a moment for it.
@@ -326,5 +333,15 @@ impl Carrier<'_> {
     fn explain(&self, failure: SnapshotError) -> SnapshotError {
         let explained = failure.is_of_the_vm() && self.ended();
         if explained { SnapshotError::Ended(failure.to_string()) } else { failure }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_told_anything_between_freeze_and_thaw() {
+        assert_eq!([Action::Cut, Action::Thaw].map(told), [None, None]);
     }
 }
