@@ -68,6 +68,11 @@ pub(crate) fn run(snapshots: u32, dirty_mib_per_s: u32) -> Result<(), String> {
     let stillpoint = Stillpoint::new()?;
     let disks = taken::first(&guest, &stillpoint)?;
     let mut stock = Stock::new(&guest, disks)?;
+    // Before the load: the kernel stops all processors to turn it on, which beside the load once took over a minute.
+    let traced = kernel::begin(&guest);
+    if !traced {
+        println!("the guest's kernel has no function tracer: where FIFREEZE spends its time is not shown");
+    }
     guest.start_pgbench(PGBENCH_CLIENTS, u32::try_from(lifetime.as_secs()).unwrap_or(u32::MAX));
     guest.start_measured_load(dirty_mib_per_s);
     println!(
@@ -86,10 +91,6 @@ pub(crate) fn run(snapshots: u32, dirty_mib_per_s: u32) -> Result<(), String> {
     let dirty: Vec<&str> = dirty.split_whitespace().collect();
     println!("before the first: {}; {}", dirty.join(" "), Noted::parse(&guest.stalls())?.pace());
 
-    let traced = kernel::begin(&guest);
-    if !traced {
-        println!("the guest's kernel has no function tracer: where FIFREEZE spends its time is not shown");
-    }
     println!("\nsteps, in ms");
     let (mut ours, mut older, mut stocks, mut quiets) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let (mut quiet_costs, began) = (Vec::new(), Instant::now());
