@@ -5,6 +5,8 @@ use qmp::command::{Command, QmpCapabilities};
 use qmp::schema::{QueryQmpSchema, Schema};
 use qmp::session::RequestId;
 use qmp::{CommandError, Event, Greeting, Session, WireError};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::io::{self, Read, Write};
@@ -240,29 +242,26 @@ impl Monitor {
         self.run(&QueryQmpSchema {}).map(Schema::new)
     }
 
-    /// The next event that fits, now or within the limit; `None` if there was none. Other events stay queued.
+    /// Takes whatever QEMU has said by now, without waiting for more, and forgets the events that fit. Whether there were any.
     ///
     /// # Errors
     /// Those of the connection.
-    pub fn wait_event(
-        &mut self,
-        fits: impl Fn(&Event) -> bool,
-        limit: Duration,
-    ) -> Result<Option<Event>, MonitorError> {
-        let deadline = Instant::now() + limit;
+    pub fn has_told(&mut self, fits: impl Fn(&Event) -> bool) -> Result<bool, MonitorError> {
+        let mut bytes = [0; 65536];
         loop {
-            if let Some(event) = self.session.take_event_where(&fits) {
-                return Ok(Some(event));
-            }
-            if !self.receive(deadline, "an event")? {
-                return Ok(None);
+            match rustix::net::recv(&self.stream, &mut bytes, RecvFlags::DONTWAIT) {
+                Ok((_, 0)) => return Err(MonitorError::Closed { command: "an event".to_owned() }),
+                Ok((_, count)) => self.session.receive(&bytes[..count])?,
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(MonitorError::Io(error.into())),
             }
         }
-    }
-
-    /// The oldest queued event, without waiting for one.
-    pub fn take_event(&mut self) -> Option<Event> {
-        self.session.take_event()
+        let mut has_told = false;
+        while self.session.take_event_where(&fits).is_some() {
+            has_told = true;
+        }
+        Ok(has_told)
     }
 
     fn send(&mut self, bytes: &[u8], deadline: Instant) -> Result<(), MonitorError> {

@@ -424,6 +424,32 @@ fn a_vm_that_its_owner_paused_stays_paused_when_the_run_is_given_up_after_the_cu
 }
 
 #[test]
+fn a_vm_that_its_owner_pauses_between_preparation_and_cut_stays_paused() {
+    let (qemu, mut monitor) = running();
+    let mut plan = both(&qemu, &mut monitor, "s1", None, false);
+    let prepared = point::prepare(&mut monitor, &plan).unwrap();
+    monitor.run(&Stop {}).unwrap();
+    let cut = prepared.cut(&mut monitor, STOP_LIMIT).unwrap();
+    assert_eq!((cut.stopped, cut.stood), (None, true));
+    plan.running = false;
+    release(&mut monitor, &plan, Outcome::Dropped).unwrap();
+    assert_eq!(monitor.run(&QueryStatus {}).unwrap().status, "paused");
+}
+
+#[test]
+fn a_vm_that_was_paused_for_a_while_is_stopped_for_the_cut_and_runs_again() {
+    let (qemu, mut monitor) = running();
+    let plan = both(&qemu, &mut monitor, "s1", None, false);
+    let prepared = point::prepare(&mut monitor, &plan).unwrap();
+    monitor.run(&Stop {}).unwrap();
+    monitor.run(&Cont {}).unwrap();
+    let cut = prepared.cut(&mut monitor, STOP_LIMIT).unwrap();
+    assert!(cut.stopped.is_some() && cut.stood);
+    assert!(monitor.run(&QueryStatus {}).unwrap().running);
+    release(&mut monitor, &plan, Outcome::Dropped).unwrap();
+}
+
+#[test]
 fn vcpus_run_again_when_the_cut_fails_in_the_middle() {
     let (qemu, mut monitor) = running();
     let before = state(&mut monitor);

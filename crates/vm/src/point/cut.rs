@@ -1,12 +1,12 @@
 //! Carries a plan out: prepare, cut, export.
 
 use crate::monitor::{Asked, COMMAND_TIMEOUT, Monitor, MonitorError};
-use crate::point::here::{Away, here};
+use crate::point::here::{Away, Watched, here, stays};
 use crate::point::plan::{DiskExport, Plan};
 use crate::point::restart::{Disarmed, Restarter};
 use crate::point::steps::{Step, StepError};
 use qmp::command::Nothing;
-use qmp::machine::{Cont, QueryStatus, Status, Stop};
+use qmp::machine::{Cont, QueryMigrate, QueryStatus, Status, Stop};
 use qmp::qom::DeviceListProperties;
 use std::io;
 use std::time::{Duration, Instant};
@@ -68,6 +68,7 @@ impl From<Away> for PointError {
 pub struct Prepared<'p> {
     plan: &'p Plan,
     restarter: Restarter,
+    watched: Watched,
 }
 
 /// The disks are cut.
@@ -112,7 +113,8 @@ pub fn prepare<'p>(monitor: &mut Monitor, plan: &'p Plan) -> Result<Prepared<'p>
     }
     let connection = monitor.duplicate_socket().map_err(PointError::Restarter)?;
     let restarter = Restarter::start(connection).map_err(PointError::Restarter)?;
-    Ok(Prepared { plan, restarter })
+    let watched = Watched::begin(monitor)?;
+    Ok(Prepared { plan, restarter, watched })
 }
 
 /// Whether the reader of an export in an I/O thread may disconnect.
@@ -137,7 +139,8 @@ impl Prepared<'_> {
     /// See [`PointError`]; call [`release`](crate::point::release) then.
     pub fn cut(mut self, monitor: &mut Monitor, limit: Duration) -> Result<Cut, PointError> {
         let steps = self.plan.cut_steps();
-        if !here(monitor)?.running {
+        // The guest may be frozen and wait: what need not be asked is not.
+        if !self.watched.has_run_since(monitor)? && !here(monitor)?.running {
             steps.iter().try_for_each(|step| step.run(monitor))?;
             let stood = !monitor.run(&QueryStatus {})?.running;
             return Ok(Cut { stopped: None, stood, _restarter: self.restarter.disarm() });
@@ -177,12 +180,14 @@ fn stop_carry_out_and_resume(
     monitor: &mut Monitor,
     steps: &[Step],
     limit: Duration,
-) -> (Result<(), StepError>, Result<Resumed, MonitorError>) {
-    let stop = monitor.ask(&Stop {});
+) -> (Result<(), PointError>, Result<Resumed, MonitorError>) {
+    let (migration, stop) = (monitor.ask(&QueryMigrate {}), monitor.ask(&Stop {}));
     let begun: Vec<_> = steps.iter().map(|step| step.begin(monitor)).collect();
     let (status, cont) = (monitor.ask(&QueryStatus {}), monitor.ask(&Cont {}));
-    let mut outcome =
-        stop.and_then(|asked| monitor.hear(asked, limit)).map(|Nothing {}| ()).map_err(StepError::from);
+    let migration = migration.and_then(|asked| monitor.hear(asked, COMMAND_TIMEOUT));
+    let stopped = stop.and_then(|asked| monitor.hear(asked, limit));
+    let mut outcome = migration.map_err(PointError::from).and_then(|migration| Ok(stays(migration)?));
+    outcome = outcome.and(stopped.map(|Nothing {}| ()).map_err(PointError::from));
     for begun in begun {
         outcome = outcome.and_then(|()| match begun? {
             Some(asked) => Ok(monitor.hear(asked, COMMAND_TIMEOUT).map(|Nothing {}| ())?),
@@ -272,38 +277,62 @@ mod tests {
         super::resumed(&mut monitor, status, cont)
     }
 
-    #[test]
-    fn nothing_is_waited_for_between_stop_and_cont() {
+    struct Ended {
+        outcome: Result<(), PointError>,
+        resumed: Result<Resumed, MonitorError>,
+    }
+
+    /// What `stop_carry_out_and_resume` makes of a QEMU that answers these, each with its command's name.
+    fn carried_out(answers: [(&'static str, Value); 6]) -> Ended {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("qmp");
         let listener = UnixListener::bind(&path).unwrap();
         let qemu = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let mut commands = BufReader::new(stream.try_clone().unwrap()).lines();
+            let mut read = || -> Value { serde_json::from_str(&commands.next().unwrap().unwrap()).unwrap() };
             let version = json!({ "qemu": { "major": 7, "minor": 2, "micro": 0 }, "package": "" });
             writeln!(stream, "{}", json!({ "QMP": { "version": version, "capabilities": [] } })).unwrap();
-            let mut read = |count| -> Vec<Value> {
-                commands
-                    .by_ref()
-                    .take(count)
-                    .map(|line| serde_json::from_str(&line.unwrap()).unwrap())
-                    .collect()
-            };
-            let negotiation = read(1);
-            writeln!(stream, "{}", json!({ "return": {}, "id": negotiation[0]["id"] })).unwrap();
-            let asked = read(5);
-            for command in &asked {
-                let answer = if command["execute"] == "query-status" { status(false) } else { json!({}) };
-                writeln!(stream, "{}", json!({ "return": answer, "id": command["id"] })).unwrap();
+            writeln!(stream, "{}", json!({ "return": {}, "id": read()["id"] })).unwrap();
+            let asked: Vec<Value> = answers.iter().map(|_| read()).collect();
+            for (command, (name, mut answer)) in asked.iter().zip(answers) {
+                assert_eq!(command["execute"], name);
+                answer["id"] = command["id"].clone();
+                writeln!(stream, "{answer}").unwrap();
             }
-            asked.iter().map(|command| command["execute"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
         });
         let drive = |number| Step::SetDrive { device: format!("d{number}"), node: format!("n{number}") };
         let mut monitor = Monitor::connect(&path, LIMIT).unwrap();
         let (outcome, resumed) = stop_carry_out_and_resume(&mut monitor, &[drive(0), drive(1)], LIMIT);
-        outcome.unwrap();
-        assert!(matches!(resumed, Ok(Resumed::Runs { stood: true })));
-        assert_eq!(qemu.join().unwrap(), ["stop", "qom-set", "qom-set", "query-status", "cont"]);
+        qemu.join().unwrap();
+        Ended { outcome, resumed }
+    }
+
+    fn answers(stop: Value, migration: Value) -> [(&'static str, Value); 6] {
+        let done = || json!({ "return": {} });
+        [
+            ("query-migrate", json!({ "return": migration })),
+            ("stop", stop),
+            ("qom-set", done()),
+            ("qom-set", done()),
+            ("query-status", json!({ "return": status(false) })),
+            ("cont", done()),
+        ]
+    }
+
+    #[test]
+    fn all_of_a_cut_is_sent_before_the_first_answer() {
+        let ended = carried_out(answers(json!({ "return": {} }), json!({})));
+        ended.outcome.unwrap();
+        assert!(matches!(ended.resumed, Ok(Resumed::Runs { stood: true })));
+    }
+
+    #[test]
+    fn a_cut_beside_a_migration_is_none() {
+        let migration = json!({ "status": "active" });
+        let ended = carried_out(answers(json!({ "return": {} }), migration));
+        assert!(matches!(ended.outcome, Err(PointError::Away(Away::Migrating(_)))), "{:?}", ended.outcome);
+        assert!(ended.resumed.is_ok());
     }
 
     fn status(running: bool) -> Value {

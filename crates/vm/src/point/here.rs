@@ -4,7 +4,8 @@
 //! stopped where it arrives.
 
 use crate::monitor::{COMMAND_TIMEOUT, Monitor, MonitorError};
-use qmp::machine::{QueryMigrate, QueryStatus, Status};
+use qmp::Event;
+use qmp::machine::{Migration, QueryMigrate, QueryStatus, Status};
 
 /// The VM is, or will be, another QEMU's.
 #[derive(Debug, thiserror::Error)]
@@ -31,8 +32,46 @@ pub fn here(monitor: &mut Monitor) -> Result<Status, Away> {
     if status.is_elsewhere() {
         return Err(Away::Elsewhere(status.status));
     }
-    if migration.is_under_way() {
-        return Err(Away::Migrating(migration.status.unwrap_or_default()));
-    }
+    stays(migration)?;
     Ok(status)
+}
+
+/// That no migration is under way.
+///
+/// # Errors
+/// `Migrating`.
+pub(super) fn stays(migration: Migration) -> Result<(), Away> {
+    if migration.is_under_way() { Err(Away::Migrating(migration.status.unwrap_or_default())) } else { Ok(()) }
+}
+
+/// A VM that ran here when it was looked at. QEMU tells of each stop by itself, so nothing has to be asked to know that it still does.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Watched {
+    ran: bool,
+}
+
+impl Watched {
+    /// Looks at the VM.
+    ///
+    /// # Errors
+    /// See [`Away`].
+    pub(super) fn begin(monitor: &mut Monitor) -> Result<Self, Away> {
+        // Of earlier stops QEMU has told before it answers.
+        let status = here(monitor)?;
+        let _earlier = monitor.has_told(tells_of_a_stop)?;
+        Ok(Self { ran: status.running })
+    }
+
+    /// Whether it has run since. False where that is not sure: then ask.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub(super) fn has_run_since(self, monitor: &mut Monitor) -> Result<bool, MonitorError> {
+        Ok(self.ran && !monitor.has_told(tells_of_a_stop)?)
+    }
+}
+
+/// The vCPUs run no more: whoever stopped them, or the guest suspended itself. A migration that is over has stopped them too.
+fn tells_of_a_stop(event: &Event) -> bool {
+    matches!(&*event.name, "STOP" | "SUSPEND")
 }
