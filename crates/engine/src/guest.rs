@@ -31,6 +31,8 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
 pub struct Guest<L = Socket> {
     agent: Option<Agent<L>>,
     stock: StockFreeze,
+    /// The run that an agent of ours holds a freeze for, as far as is known.
+    held: Option<ThawArguments>,
 }
 
 impl Guest {
@@ -41,7 +43,7 @@ impl Guest {
         monitor: &mut Monitor,
         receipt: &mut Receipt,
     ) -> Self {
-        let none = Self { agent: None, stock: StockFreeze::default() };
+        let none = Self::over(None);
         if !request.freezes() {
             if !request.no_data {
                 let message = "nothing was flushed or frozen, because no more than crash was wanted";
@@ -64,9 +66,8 @@ impl Guest {
     /// Connects to whoever answers; otherwise says why nobody does.
     pub fn connect(entry: &VmEntry) -> (Self, Option<Reason>) {
         let nobody = |cause: String| {
-            let none = Self { agent: None, stock: StockFreeze::default() };
             (
-                none,
+                Self::over(None),
                 Some(Reason::new(
                     "no_agent",
                     &entry.name,
@@ -78,7 +79,7 @@ impl Guest {
             return nobody("no agent channel is registered for this VM".to_owned());
         };
         match Agent::connect(path, FIND_TIMEOUT) {
-            Ok(agent) => (Self { agent: Some(agent), stock: StockFreeze::default() }, None),
+            Ok(agent) => (Self::over(Some(agent)), None),
             Err(error) => nobody(error.to_string()),
         }
     }
@@ -105,7 +106,7 @@ impl Guest {
 impl<L: Line> Guest<L> {
     /// Whoever answers on an open line, or nobody.
     pub fn over(agent: Option<Agent<L>>) -> Self {
-        Self { agent, stock: StockFreeze::default() }
+        Self { agent, stock: StockFreeze::default(), held: None }
     }
 
     /// Who answers, as a receipt has it.
@@ -156,7 +157,11 @@ impl<L: Line> Guest<L> {
                 ..FreezeArguments::new(run, request.lease_ms)
             };
             let frozen = agent.stillpoint_freeze(&arguments, &flag).map_err(words)?;
-            return if frozen.id == run { Ok(()) } else { Err("the agent froze for another run".to_owned()) };
+            if frozen.id != run {
+                return Err("the agent froze for another run".to_owned());
+            }
+            self.held = Some(ThawArguments { id: run.to_owned() });
+            return Ok(());
         }
         let listed = agent.fsinfo().map_err(words)?;
         self.stock.filesystems = listed
@@ -166,6 +171,15 @@ impl<L: Line> Guest<L> {
         let frozen = agent.fsfreeze_freeze(STOCK_FREEZE_TIMEOUT, &flag).map_err(words)?;
         self.stock.frozen = u64::try_from(frozen).unwrap_or(0);
         Ok(())
+    }
+
+    /// Sends the thaw of a freeze that holds, and waits for nothing: [`thaw`](Self::thaw), still to be called, hears the answer.
+    /// For the moment in which the vCPUs stand still, so that the guest finds it when they go on. A stock agent is sent nothing: it
+    /// is to be asked something else first.
+    pub fn send_thaw_ahead(&mut self) {
+        if let (Some(agent), Some(held)) = (&mut self.agent, self.held.take()) {
+            agent.send_thaw_ahead(&held);
+        }
     }
 
     /// Thaws, again and again until it is answered or patience ends.

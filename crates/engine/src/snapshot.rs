@@ -227,7 +227,8 @@ impl Hands for Carrier<'_> {
     fn cut(&mut self) -> Result<Option<Point>, SnapshotError> {
         let Some(prepared) = self.prepared.take() else { return Ok(None) };
         let at_ms = now_ms();
-        let cut = prepared.cut(&mut self.monitor, STOP_TIMEOUT)?;
+        let guest = &mut self.guest;
+        let cut = prepared.cut(&mut self.monitor, STOP_TIMEOUT, || guest.send_thaw_ahead())?;
         // The cut is over and its `cont` answered: if the VM is found paused from now on, its owner did it.
         if let Some(plan) = &mut self.plan {
             plan.running = false;

@@ -14,6 +14,7 @@ use snapshot::conduct::{Ended, Hands};
 use snapshot::receipt::{Point, Receipt};
 use snapshot::run::Action;
 use std::collections::BTreeSet;
+use std::rc::Rc;
 use std::time::Duration;
 use vm::monitor::MonitorError;
 use vm::point::steps::StepError;
@@ -79,16 +80,25 @@ impl SimulatedHands {
         self.world.borrow_mut().store.put()
     }
 
-    /// The steps while the virtual CPUs stand still, as `Prepared::cut` has them.
-    fn cut_steps(&self) -> Result<(), String> {
+    /// The steps while the virtual CPUs stand still, as `Prepared::cut` has them. Answers whether they still stood at the end.
+    fn cut_steps(&mut self) -> Result<bool, String> {
         let words = |error: MonitorError| error.to_string();
-        self.world.borrow_mut().cutting = true;
         let running = self.world.borrow().qemu.running;
-        let stops = running && !self.sabotaged(Sabotage::CutRunning);
-        let stopped =
-            if stops { self.monitor("stop", |qemu| qemu.running = false).map_err(words) } else { Ok(()) };
+        let restarter = running.then(|| Restarter(Rc::clone(&self.world)));
+        if running && self.sabotaged(Sabotage::ThawTooEarly) {
+            self.guest.send_thaw_ahead();
+        }
+        let mut outcome = Ok(());
+        if running && !self.sabotaged(Sabotage::CutRunning) {
+            outcome = self.monitor("stop", |qemu| qemu.running = false).map_err(words);
+            let mut world = self.world.borrow_mut();
+            world.standing = !world.qemu.running;
+        }
+        if running && outcome.is_ok() {
+            self.guest.send_thaw_ahead();
+        }
         let steps = self.plan.cut_steps();
-        let mut outcome = stopped.and_then(|()| {
+        outcome = outcome.and_then(|()| {
             steps.iter().try_for_each(|step| self.carry_out(step).map_err(|error| error.to_string()))
         });
         if outcome.is_ok() {
@@ -101,17 +111,23 @@ impl SimulatedHands {
                 truth.0
             });
         }
+        let stood = !self.world.borrow().qemu.running || self.sabotaged(Sabotage::CutRunning);
         if running {
-            let again = self.monitor("cont", |qemu| qemu.running = true);
-            // The process that holds the monitor's second handle lets them run if this program could not. An owner who
-            // paused the VM meanwhile does so again.
-            let mut world = self.world.borrow_mut();
-            world.qemu.running = world.qemu.alive && !world.is_paused();
-            drop(world);
+            let again = self.monitor("cont", |_| ());
             outcome = again.map_err(words).and(outcome);
         }
-        self.world.borrow_mut().cutting = false;
-        outcome
+        drop(restarter);
+        outcome.map(|()| stood)
+    }
+}
+
+/// Lets the virtual CPUs run when the cut is over, however it ends: as the process that holds the monitor's second handle does. An
+/// owner who paused the VM meanwhile does so again.
+struct Restarter(Shared);
+
+impl Drop for Restarter {
+    fn drop(&mut self) {
+        self.0.borrow_mut().go_on();
     }
 }
 
@@ -161,13 +177,13 @@ impl Hands for SimulatedHands {
     }
 
     fn cut(&mut self) -> Result<Option<Point>, String> {
-        self.cut_steps()?;
+        let vcpus_stopped = self.cut_steps()?;
         // If the VM is found paused from now on, its owner did it.
         self.plan.running = false;
         let world = self.world.borrow();
         let at_ms = u64::try_from(world.now.as_millis()).unwrap_or(0);
         let disks = world.wanted.clone();
-        Ok(Some(Point { at_ms, vcpus_stopped: true, stopped_ms: 5.0, disks, ..Point::default() }))
+        Ok(Some(Point { at_ms, vcpus_stopped, stopped_ms: 5.0, disks, ..Point::default() }))
     }
 
     fn thaw(&mut self, run: &str) -> Ended {

@@ -153,7 +153,7 @@ fn check(world: &Shared, plan: &Plan, end: &str) {
     let mut wrong = Vec::new();
     {
         let mut world = world.borrow_mut();
-        (world.over, world.doom, world.cutting) = (true, None, false);
+        (world.over, world.doom) = (true, None);
     }
     let manifest = world.borrow().store.manifests.get("new").cloned();
     let kept = manifest.is_some();
@@ -183,7 +183,7 @@ fn check(world: &Shared, plan: &Plan, end: &str) {
         let mut world = world.borrow_mut();
         let ours = world.qemu.alive && !world.is_paused();
         if world.killed && ours {
-            world.qemu.running = true;
+            world.go_on();
         }
         if ours && !world.qemu.running {
             wrong.push("the virtual CPUs stand still (invariant 8)".to_owned());

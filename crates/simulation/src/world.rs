@@ -40,6 +40,8 @@ pub enum Sabotage {
     WritesForgotten,
     /// The virtual CPUs run during the cut.
     CutRunning,
+    /// The thaw is sent before they stand still.
+    ThawTooEarly,
     /// The guard sleeps through the lease's end.
     GuardAsleep,
     /// The agent relies on its guard to thaw when the lease ends.
@@ -111,8 +113,10 @@ pub(crate) struct World {
     stood: Duration,
     /// When the pause that is now, or was last, ends.
     goes_on: Duration,
-    /// The disks are being cut.
-    pub(crate) cutting: bool,
+    /// The virtual CPUs stand still for the cut.
+    pub(crate) standing: bool,
+    /// What has reached the guest's port meanwhile.
+    at_port: Vec<Vec<u8>>,
     /// When the last bytes for the guest are there: none overtake others.
     heard_until: Duration,
     pub(crate) rng: fastrand::Rng,
@@ -216,7 +220,8 @@ impl World {
             now: Duration::from_secs(1),
             stood: Duration::ZERO,
             goes_on: Duration::ZERO,
-            cutting: false,
+            standing: false,
+            at_port: Vec::new(),
             heard_until: Duration::ZERO,
             events: BTreeMap::new(),
             numbered: 0,
@@ -330,14 +335,9 @@ impl World {
                 self.strike(fault);
                 return;
             }
-            // Someone who lets the VM go on in those milliseconds tears the cut: what a run sees of that is not modelled.
-            Event::GoesOn if self.cutting => {
-                self.pause(Duration::from_millis(10));
-                return;
-            }
             Event::GoesOn => {
                 self.note("the VM goes on");
-                self.qemu.running = self.qemu.alive;
+                self.go_on();
                 return;
             }
         };
@@ -358,6 +358,23 @@ impl World {
         if self.wire.faults.contains(&Fault::RequestsLost) && self.rng.u8(..3) > 0 {
             return;
         }
+        if self.standing {
+            self.at_port.push(bytes.to_vec());
+        } else {
+            self.reach_guest(bytes);
+        }
+    }
+
+    /// The virtual CPUs run, unless the VM's owner has paused it.
+    pub(crate) fn go_on(&mut self) {
+        self.qemu.running = self.qemu.alive && !self.is_paused();
+        self.standing = false;
+        for bytes in std::mem::take(&mut self.at_port) {
+            self.reach_guest(&bytes);
+        }
+    }
+
+    fn reach_guest(&mut self, bytes: &[u8]) {
         // What reaches a VM that is paused waits at its port.
         let mut at = self.now.max(self.goes_on).max(self.heard_until);
         for piece in self.pieces(bytes) {

@@ -116,6 +116,11 @@ fn a_cut_while_the_guest_runs_is_found() {
 }
 
 #[test]
+fn a_thaw_that_is_sent_before_the_guest_stands_still_is_found() {
+    finds(Sabotage::ThawTooEarly, "invariant 3");
+}
+
+#[test]
 fn a_guard_that_sleeps_through_the_lease_is_found() {
     finds(Sabotage::GuardAsleep, "invariant 1");
 }

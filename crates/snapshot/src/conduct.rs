@@ -242,7 +242,8 @@ impl<H: Hands> Led<'_, H> {
             // No disk was wanted: the receipt says that there is no point.
             Ok(None) => Event::PointTaken,
             Ok(Some(point)) => {
-                self.receipt.order.point_before_thaw = true;
+                // A guest that did not stand still may have thawed before the last disk was cut.
+                self.receipt.order.point_before_thaw = point.vcpus_stopped || point.shut_off;
                 self.receipt.phases_ms.point = self.since(began);
                 self.receipt.point = Some(point);
                 Event::PointTaken
@@ -339,5 +340,69 @@ impl<H: Hands> Drop for Led<'_, H> {
         if self.owes.release {
             hands.release(&run, kept);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Everything goes well, but the vCPUs may not have stood still in the cut.
+    struct Well {
+        vcpus_stopped: bool,
+    }
+
+    impl Hands for Well {
+        type Error = String;
+
+        fn now(&self) -> Duration {
+            Duration::ZERO
+        }
+
+        fn wall_ms(&self) -> u64 {
+            0
+        }
+
+        fn interrupted(&self) -> bool {
+            false
+        }
+
+        fn begins(&mut self, _action: Action) {}
+
+        fn prepare(&mut self, _run: &str) -> Result<(), String> {
+            Ok(())
+        }
+
+        fn freeze(&mut self, _run: &str) -> Result<(), String> {
+            Ok(())
+        }
+
+        fn cut(&mut self) -> Result<Option<Point>, String> {
+            Ok(Some(Point { vcpus_stopped: self.vcpus_stopped, ..Point::default() }))
+        }
+
+        fn thaw(&mut self, _run: &str) -> Ended {
+            Ended { answered: true, ..Ended::default() }
+        }
+
+        fn copy(&mut self, _receipt: &mut Receipt) -> Result<(), String> {
+            Ok(())
+        }
+
+        fn seal(&mut self, _receipt: &Receipt, _verdict: &Verdict) -> Result<(), String> {
+            Ok(())
+        }
+
+        fn release(&mut self, _run: &str, _kept: bool) {}
+    }
+
+    #[test]
+    fn a_guest_that_did_not_stand_still_may_have_thawed_before_the_point() {
+        let request = Request { require: Level::None, ..Request::new("db1") };
+        let inside = |vcpus_stopped| {
+            let (_, outcome) = conduct(Well { vcpus_stopped }, &request, Receipt::default(), true);
+            outcome.unwrap().receipt.order.proves_inside()
+        };
+        assert_eq!([true, false].map(inside), [true, false]);
     }
 }

@@ -126,7 +126,8 @@ pub enum Agent {
 pub struct Order {
     /// The guest's answer to freeze had arrived before the point was asked for.
     pub frozen_before_point: bool,
-    /// QEMU's answer to the point had arrived before thaw was sent.
+    /// The guest could not thaw before the point: thaw was sent after QEMU's answer to it, or while the vCPUs stood still, as they
+    /// did until the last disk was cut.
     pub point_before_thaw: bool,
     /// The guest answered the thaw, for the same run.
     pub thaw_answered: bool,

@@ -28,6 +28,9 @@ pub const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// A synchronization is sent again after this time: bytes sent while nobody in the guest has the port open are lost.
 const SYNC_AGAIN: Duration = Duration::from_secs(1);
 
+/// How long it may take to send what is sent ahead: the virtual CPUs stand still meanwhile.
+const SEND_AHEAD_MAX: Duration = Duration::from_millis(100);
+
 /// How long a raised cancel flag may stay unseen.
 const CANCEL_LATENCY: Duration = Duration::from_millis(100);
 /// How often an agent that is at work on a run is asked whether it still is: the answer of one that died never comes.
@@ -122,6 +125,14 @@ struct Unless<'a> {
     run: Option<&'a str>,
 }
 
+/// A request that was sent before anybody waits for its answer.
+#[derive(Debug)]
+struct Ahead {
+    request: u64,
+    command: &'static str,
+    arguments: Value,
+}
+
 /// A connection to the guest's agent. Errors do not end it: the next call synchronizes, and connects anew if it must.
 #[derive(Debug)]
 pub struct Agent<L = Socket> {
@@ -129,6 +140,7 @@ pub struct Agent<L = Socket> {
     client: Client,
     info: Info,
     kind: Kind,
+    ahead: Option<Ahead>,
 }
 
 impl Agent {
@@ -155,6 +167,7 @@ impl<L: Line> Agent<L> {
             client: Client::new(seed >> 13),
             info: Info { version: String::new(), supported_commands: vec![] },
             kind: Kind::Stock,
+            ahead: None,
         };
         agent.synchronize(agent.line.now() + limit)?;
         agent.info = agent.call_bounded("guest-info", None, limit, Unless::default())?;
@@ -243,10 +256,18 @@ impl<L: Line> Agent<L> {
     ) -> Result<Value, AgentError> {
         let asked = self.line.now();
         let deadline = asked + limit;
+        let mut ahead = self.ahead.take();
         if !self.line.is_connected() || !self.client.is_synchronized() {
+            ahead = None;
             self.synchronize(deadline)?;
         }
-        let outcome = self.exchange(command, arguments, deadline, unless);
+        let sent =
+            ahead.filter(|ahead| ahead.command == command && arguments.as_ref() == Some(&ahead.arguments));
+        let request = match sent {
+            Some(ahead) => Ok(ahead.request),
+            None => self.ask(command, arguments, deadline),
+        };
+        let outcome = request.and_then(|request| self.await_answer(request, command, deadline, unless));
         let cancelled = unless.cancel.is_some_and(|cancel| cancel.load(Ordering::SeqCst));
         let failed = |desc| AgentError::Failed { command: command.to_owned(), desc };
         match outcome {
@@ -281,15 +302,31 @@ impl<L: Line> Agent<L> {
         }
     }
 
-    fn exchange(
+    /// Sends a request whose answer the next call of the same will hear. Where nothing can be sent at once, that call sends it.
+    fn send_ahead(&mut self, command: &'static str, arguments: Value) {
+        self.ahead = None;
+        if !self.line.is_connected() || !self.client.is_synchronized() {
+            return;
+        }
+        match self.ask(command, Some(arguments.clone()), self.line.now() + SEND_AHEAD_MAX) {
+            Ok(request) => self.ahead = Some(Ahead { request, command, arguments }),
+            // Perhaps in the middle of it: the conversation begins anew.
+            Err(_) => self.line.hang_up(),
+        }
+    }
+
+    fn ask(&mut self, command: &str, arguments: Option<Value>, deadline: Instant) -> Result<u64, AgentError> {
+        let (request, bytes) = self.client.request(command, arguments);
+        self.send(&bytes, deadline).map(|()| request)
+    }
+
+    fn await_answer(
         &mut self,
+        request: u64,
         command: &str,
-        arguments: Option<Value>,
         deadline: Instant,
         unless: Unless<'_>,
     ) -> Result<Option<Result<Value, guest_protocol::Error>>, AgentError> {
-        let (request, bytes) = self.client.request(command, arguments);
-        self.send(&bytes, deadline)?;
         let impatient = unless.cancel.is_some() || unless.run.is_some();
         let mut look = Look::new(self.line.now());
         loop {

@@ -264,6 +264,51 @@ fn a_channel_that_closes_in_the_middle_is_connected_anew_for_the_thaw() {
 }
 
 #[test]
+fn a_thaw_that_was_sent_ahead_is_answered_to_the_call_that_follows() {
+    let scripted = Scripted::start(|name, _| if name == "guest-info" { info(true) } else { thaw_report() });
+    let mut agent = Agent::connect(&scripted.path(), LONG).unwrap();
+    agent.send_thaw_ahead(&thaw());
+    assert_eq!(agent.stillpoint_thaw(&thaw(), LONG).unwrap().id, "r1");
+    assert_eq!(agent.stillpoint_thaw(&thaw(), LONG).unwrap().id, "r1", "and may be repeated");
+    drop(agent);
+    assert_eq!(
+        scripted.end(),
+        ["guest-info", "stillpoint-thaw", "stillpoint-thaw"],
+        "sent once for each call"
+    );
+}
+
+#[test]
+fn a_thaw_that_was_sent_ahead_is_sent_again_if_its_channel_closes() {
+    let scripted = Scripted::start(|name, connection| match (name, connection) {
+        ("guest-info", _) => info(true),
+        (_, 0) => Reply::Close,
+        _ => thaw_report(),
+    });
+    let mut agent = Agent::connect(&scripted.path(), LONG).unwrap();
+    agent.send_thaw_ahead(&thaw());
+    assert!(matches!(agent.stillpoint_thaw(&thaw(), LONG), Err(AgentError::Io(_))));
+    assert_eq!(agent.stillpoint_thaw(&thaw(), LONG).unwrap().id, "r1");
+    drop(agent);
+    assert_eq!(scripted.end(), ["guest-info", "stillpoint-thaw", "stillpoint-thaw"]);
+}
+
+#[test]
+fn another_call_does_not_take_the_answer_to_a_thaw_that_was_sent_ahead() {
+    let scripted = Scripted::start(|name, _| match name {
+        "guest-info" => info(true),
+        "guest-fsfreeze-status" => Reply::Answer(json!("frozen")),
+        _ => thaw_report(),
+    });
+    let mut agent = Agent::connect(&scripted.path(), LONG).unwrap();
+    agent.send_thaw_ahead(&thaw());
+    assert!(agent.fsfreeze_is_frozen().unwrap());
+    assert_eq!(agent.stillpoint_thaw(&thaw(), LONG).unwrap().id, "r1");
+    drop(agent);
+    scripted.end();
+}
+
+#[test]
 fn an_error_of_the_agent_leaves_the_channel_usable() {
     let scripted = Scripted::start(|name, _| match name {
         "guest-info" => info(true),

@@ -112,7 +112,7 @@ fn both(qemu: &Qemu, monitor: &mut Monitor, snapshot: &str, parent: Option<&str>
 
 fn cut(monitor: &mut Monitor, plan: &Plan) -> Vec<DiskExport> {
     let prepared = point::prepare(monitor, plan).unwrap();
-    let cut = prepared.cut(monitor, STOP_LIMIT).unwrap();
+    let cut = prepared.cut(monitor, STOP_LIMIT, || ()).unwrap();
     println!("vCPUs stopped for {:?}", cut.stopped);
     point::export(monitor, plan).unwrap()
 }
@@ -259,7 +259,7 @@ fn what_the_guest_writes_between_the_point_and_the_exports_is_in_the_next_increm
     let first = both(&qemu, &mut monitor, "s1", None, false);
     let prepared = point::prepare(&mut monitor, &first).unwrap();
     write(&mut monitor, RAW, 0x33, 8 * MIB, MIB);
-    let _cut = prepared.cut(&mut monitor, STOP_LIMIT).unwrap();
+    let _cut = prepared.cut(&mut monitor, STOP_LIMIT, || ()).unwrap();
     write(&mut monitor, RAW, 0x44, MIB, 4096);
     write(&mut monitor, QCOW2, 0x44, 5 * MIB, 8192);
     point::export(&mut monitor, &first).unwrap();
@@ -404,7 +404,7 @@ fn a_vm_that_was_paused_stays_paused() {
     let mut monitor = qemu.monitor();
     let plan = both(&qemu, &mut monitor, "s1", None, false);
     let prepared = point::prepare(&mut monitor, &plan).unwrap();
-    assert_eq!(prepared.cut(&mut monitor, STOP_LIMIT).unwrap().stopped, None);
+    assert_eq!(prepared.cut(&mut monitor, STOP_LIMIT, || ()).unwrap().stopped, None);
     let exports = point::export(&mut monitor, &plan).unwrap();
     assert!(reads(&plan, &exports[1], "read -P 0x22 0 16M"));
     release(&mut monitor, &plan, Outcome::Dropped).unwrap();
@@ -418,7 +418,7 @@ fn a_vm_that_its_owner_paused_stays_paused_when_the_run_is_given_up_after_the_cu
     let mut plan = both(&qemu, &mut monitor, "s1", None, false);
     plan.running = false;
     let prepared = point::prepare(&mut monitor, &plan).unwrap();
-    assert_eq!(prepared.cut(&mut monitor, STOP_LIMIT).unwrap().stopped, None);
+    assert_eq!(prepared.cut(&mut monitor, STOP_LIMIT, || ()).unwrap().stopped, None);
     release(&mut monitor, &plan, Outcome::Dropped).unwrap();
     assert_eq!(monitor.run(&QueryStatus {}).unwrap().status, "paused");
 }
@@ -429,7 +429,7 @@ fn a_vm_that_its_owner_pauses_between_preparation_and_cut_stays_paused() {
     let mut plan = both(&qemu, &mut monitor, "s1", None, false);
     let prepared = point::prepare(&mut monitor, &plan).unwrap();
     monitor.run(&Stop {}).unwrap();
-    let cut = prepared.cut(&mut monitor, STOP_LIMIT).unwrap();
+    let cut = prepared.cut(&mut monitor, STOP_LIMIT, || panic!("nobody lets it go on")).unwrap();
     assert_eq!((cut.stopped, cut.stood), (None, true));
     plan.running = false;
     release(&mut monitor, &plan, Outcome::Dropped).unwrap();
@@ -443,8 +443,10 @@ fn a_vm_that_was_paused_for_a_while_is_stopped_for_the_cut_and_runs_again() {
     let prepared = point::prepare(&mut monitor, &plan).unwrap();
     monitor.run(&Stop {}).unwrap();
     monitor.run(&Cont {}).unwrap();
-    let cut = prepared.cut(&mut monitor, STOP_LIMIT).unwrap();
+    let mut called = 0;
+    let cut = prepared.cut(&mut monitor, STOP_LIMIT, || called += 1).unwrap();
     assert!(cut.stopped.is_some() && cut.stood);
+    assert_eq!(called, 1, "once, while the vCPUs stood");
     assert!(monitor.run(&QueryStatus {}).unwrap().running);
     release(&mut monitor, &plan, Outcome::Dropped).unwrap();
 }
@@ -456,7 +458,7 @@ fn vcpus_run_again_when_the_cut_fails_in_the_middle() {
     let mut plan = both(&qemu, &mut monitor, "s1", None, false);
     plan.disks[1].disk.device = "/machine/peripheral/no-such-device".into();
     let prepared = point::prepare(&mut monitor, &plan).unwrap();
-    let error = prepared.cut(&mut monitor, STOP_LIMIT).unwrap_err();
+    let error = prepared.cut(&mut monitor, STOP_LIMIT, || ()).unwrap_err();
     assert!(matches!(error, PointError::Step(_)), "{error}");
     assert!(monitor.run(&QueryStatus {}).unwrap().running);
     release(&mut monitor, &plan, Outcome::Dropped).unwrap();

@@ -106,7 +106,7 @@ fn both_disks_are_cut_in_one_instant_again_and_again() {
         let plan = plan(&qemu, &mut monitor, &snapshot, parent.as_deref());
         let prepared = point::prepare(&mut monitor, &plan).unwrap();
         let before = writes(&mut monitor);
-        let cut = prepared.cut(&mut monitor, Duration::from_secs(20)).unwrap();
+        let cut = prepared.cut(&mut monitor, Duration::from_secs(20), || ()).unwrap();
         let exports = point::export(&mut monitor, &plan).unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
         while writes(&mut monitor) < before + 20 {
@@ -129,7 +129,7 @@ fn a_guest_that_is_reset_during_the_copy_harms_neither_itself_nor_the_snapshot()
     let (mut qemu, mut monitor) = counting();
     let plan = plan(&qemu, &mut monitor, "s1", None);
     let prepared = point::prepare(&mut monitor, &plan).unwrap();
-    prepared.cut(&mut monitor, Duration::from_secs(20)).unwrap();
+    prepared.cut(&mut monitor, Duration::from_secs(20), || ()).unwrap();
     let exports = point::export(&mut monitor, &plan).unwrap();
     let (first, second) = numbers(&qemu, &plan, &exports);
     monitor.run_raw("system_reset", &serde_json::json!({}), Duration::from_secs(20)).unwrap();

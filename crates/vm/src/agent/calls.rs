@@ -14,6 +14,7 @@ use std::time::Duration;
 
 /// Most output of a command in the guest that is kept, in bytes a stream. The answer's line ends at 16 MiB.
 pub const EXEC_OUTPUT_BYTES_MAX: usize = 8 << 20;
+const THAW: &str = "stillpoint-thaw";
 /// How long the agent may take over a freeze beyond the limits that it was given.
 const FREEZE_MARGIN: Duration = Duration::from_secs(10);
 /// Most that an answer which is kept may hold, in bytes: it stands in every manifest. 4,096 file systems and 256
@@ -179,7 +180,14 @@ impl<L: Line> Agent<L> {
         arguments: &ThawArguments,
         limit: Duration,
     ) -> Result<GuestReport, AgentError> {
-        self.call_ours("stillpoint-thaw", arguments, limit, Unless::default())
+        self.call_ours(THAW, arguments, limit, Unless::default())
+    }
+
+    /// Sends a thaw and waits for nothing: [`stillpoint_thaw`](Self::stillpoint_thaw), still to be called, hears the answer.
+    pub fn send_thaw_ahead(&mut self, arguments: &ThawArguments) {
+        if let Ok(arguments) = serde_json::to_value(arguments) {
+            self.send_ahead(THAW, arguments);
+        }
     }
 
     /// Asks where the guest stands.

@@ -131,13 +131,19 @@ fn reads_beside_io_threads(monitor: &mut Monitor) -> Result<bool, MonitorError> 
 }
 
 impl Prepared<'_> {
-    /// Cuts all disks in one step. If the vCPUs run, they are stopped meanwhile and run again whatever fails.
+    /// Cuts all disks in one step. If the vCPUs run, they are stopped meanwhile and run again whatever fails. Once they stand,
+    /// `standing` is called: what it sends to the guest is there when they go on, and not before, unless [`Cut::stood`] is false.
     ///
     /// `limit` bounds the stop itself, in which QEMU flushes every disk.
     ///
     /// # Errors
     /// See [`PointError`]; call [`release`](crate::point::release) then.
-    pub fn cut(mut self, monitor: &mut Monitor, limit: Duration) -> Result<Cut, PointError> {
+    pub fn cut(
+        mut self,
+        monitor: &mut Monitor,
+        limit: Duration,
+        standing: impl FnOnce(),
+    ) -> Result<Cut, PointError> {
         let steps = self.plan.cut_steps();
         // The guest may be frozen and wait: what need not be asked is not.
         if !self.watched.has_run_since(monitor)? && !here(monitor)?.running {
@@ -147,7 +153,7 @@ impl Prepared<'_> {
         }
         self.restarter.arm().map_err(PointError::Restarter)?;
         let began = Instant::now();
-        let (outcome, resumed) = stop_carry_out_and_resume(monitor, &steps, limit);
+        let (outcome, resumed) = stop_carry_out_and_resume(monitor, &steps, limit, standing);
         // If this failed, `self.restarter` is dropped armed and tries once more.
         let resumed = resumed.map_err(PointError::Paused)?;
         let stopped = began.elapsed();
@@ -180,12 +186,16 @@ fn stop_carry_out_and_resume(
     monitor: &mut Monitor,
     steps: &[Step],
     limit: Duration,
+    standing: impl FnOnce(),
 ) -> (Result<(), PointError>, Result<Resumed, MonitorError>) {
     let (migration, stop) = (monitor.ask(&QueryMigrate {}), monitor.ask(&Stop {}));
     let begun: Vec<_> = steps.iter().map(|step| step.begin(monitor)).collect();
     let (status, cont) = (monitor.ask(&QueryStatus {}), monitor.ask(&Cont {}));
     let migration = migration.and_then(|asked| monitor.hear(asked, COMMAND_TIMEOUT));
     let stopped = stop.and_then(|asked| monitor.hear(asked, limit));
+    if stopped.is_ok() {
+        standing();
+    }
     let mut outcome = migration.map_err(PointError::from).and_then(|migration| Ok(stays(migration)?));
     outcome = outcome.and(stopped.map(|Nothing {}| ()).map_err(PointError::from));
     for begun in begun {
@@ -278,15 +288,18 @@ mod tests {
     }
 
     struct Ended {
+        said_to_stand: bool,
         outcome: Result<(), PointError>,
         resumed: Result<Resumed, MonitorError>,
     }
 
-    /// What `stop_carry_out_and_resume` makes of a QEMU that answers these, each with its command's name.
+    /// What `stop_carry_out_and_resume` makes of a QEMU that answers these, each with its command's name. It says nothing from `qom-set`
+    /// on before the vCPUs are said to stand.
     fn carried_out(answers: [(&'static str, Value); 6]) -> Ended {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("qmp");
         let listener = UnixListener::bind(&path).unwrap();
+        let (stands, standing) = std::sync::mpsc::channel();
         let qemu = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let mut commands = BufReader::new(stream.try_clone().unwrap()).lines();
@@ -295,17 +308,24 @@ mod tests {
             writeln!(stream, "{}", json!({ "QMP": { "version": version, "capabilities": [] } })).unwrap();
             writeln!(stream, "{}", json!({ "return": {}, "id": read()["id"] })).unwrap();
             let asked: Vec<Value> = answers.iter().map(|_| read()).collect();
+            let mut stood = false;
             for (command, (name, mut answer)) in asked.iter().zip(answers) {
                 assert_eq!(command["execute"], name);
+                if name == "qom-set" && !stood {
+                    stood = standing.recv_timeout(Duration::from_millis(500)).is_ok();
+                }
                 answer["id"] = command["id"].clone();
                 writeln!(stream, "{answer}").unwrap();
             }
+            stood
         });
         let drive = |number| Step::SetDrive { device: format!("d{number}"), node: format!("n{number}") };
         let mut monitor = Monitor::connect(&path, LIMIT).unwrap();
-        let (outcome, resumed) = stop_carry_out_and_resume(&mut monitor, &[drive(0), drive(1)], LIMIT);
-        qemu.join().unwrap();
-        Ended { outcome, resumed }
+        let ended = stop_carry_out_and_resume(&mut monitor, &[drive(0), drive(1)], LIMIT, || {
+            stands.send(()).unwrap();
+        });
+        let (outcome, resumed) = ended;
+        Ended { said_to_stand: qemu.join().unwrap(), outcome, resumed }
     }
 
     fn answers(stop: Value, migration: Value) -> [(&'static str, Value); 6] {
@@ -325,6 +345,14 @@ mod tests {
         let ended = carried_out(answers(json!({ "return": {} }), json!({})));
         ended.outcome.unwrap();
         assert!(matches!(ended.resumed, Ok(Resumed::Runs { stood: true })));
+        assert!(ended.said_to_stand, "and the vCPUs are said to stand before they go on");
+    }
+
+    #[test]
+    fn vcpus_that_could_not_be_stopped_are_not_said_to_stand() {
+        let refused = json!({ "error": { "class": "GenericError", "desc": "no" } });
+        let ended = carried_out(answers(refused, json!({})));
+        assert!(!ended.said_to_stand && ended.outcome.is_err() && ended.resumed.is_ok());
     }
 
     #[test]
