@@ -378,6 +378,32 @@ fn a_program_that_dies_while_the_vcpus_are_stopped_leaves_them_running() {
 }
 
 #[test]
+fn a_program_that_dies_while_qemu_hears_nothing_leaves_the_vcpus_running_all_the_same() {
+    let (mut qemu, mut monitor) = running();
+    let mut restarter = Restarter::start(monitor.duplicate_socket().unwrap()).unwrap();
+    restarter.arm().unwrap();
+    monitor.run(&Stop {}).unwrap();
+    // As while a slow disk is flushed.
+    let pid = rustix::process::Pid::from_raw(i32::try_from(qemu.pid()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    drop(monitor);
+    drop(restarter);
+    std::thread::sleep(Duration::from_secs(3));
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    assert!(qemu.monitor().run(&QueryStatus {}).unwrap().running);
+}
+
+#[test]
+fn a_program_that_lives_may_have_cont_said_once_more_and_hears_its_own_answers() {
+    let (_qemu, mut monitor) = running();
+    let mut restarter = Restarter::start(monitor.duplicate_socket().unwrap()).unwrap();
+    restarter.arm().unwrap();
+    monitor.run(&Stop {}).unwrap();
+    restarter.try_once_more();
+    assert!(monitor.run(&QueryStatus {}).unwrap().running);
+}
+
+#[test]
 fn a_disarmed_restarter_says_nothing() {
     let (mut qemu, mut monitor) = running();
     let mut restarter = Restarter::start(monitor.duplicate_socket().unwrap()).unwrap();

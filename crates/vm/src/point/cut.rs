@@ -154,9 +154,14 @@ impl Prepared<'_> {
         self.restarter.arm().map_err(PointError::Restarter)?;
         let began = Instant::now();
         let (outcome, resumed) = stop_carry_out_and_resume(monitor, &steps, limit, standing);
-        // If this failed, `self.restarter` is dropped armed and tries once more.
-        let resumed = resumed.map_err(PointError::Paused)?;
         let stopped = began.elapsed();
+        let resumed = match resumed {
+            Ok(resumed) => resumed,
+            Err(error) => {
+                self.restarter.try_once_more();
+                return Err(PointError::Paused(error));
+            }
+        };
         let restarter = self.restarter.disarm();
         match resumed {
             Resumed::Runs { stood } => {
