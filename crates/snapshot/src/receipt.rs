@@ -47,7 +47,7 @@ pub struct Point {
     pub at_ms: u64,
     /// No virtual CPU ran between the first disk's cut and the last one's.
     pub vcpus_stopped: bool,
-    /// How long they were stopped, in milliseconds.
+    /// How long they were stopped at most, in milliseconds: from sending `stop` until `cont` was answered.
     pub stopped_ms: f64,
     /// The VM was shut off: from before the first read until after the last no program had an image of these disks open
     /// for writing, and none changed. So they are the same at every instant between, and no cut was needed.
