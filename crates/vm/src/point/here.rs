@@ -56,10 +56,9 @@ impl Watched {
     /// # Errors
     /// See [`Away`].
     pub(super) fn begin(monitor: &mut Monitor) -> Result<Self, Away> {
-        // Of earlier stops QEMU has told before it answers.
-        let status = here(monitor)?;
+        // Before it is asked: a stop that QEMU tells of right after its answer must not pass for an earlier one.
         let _earlier = monitor.has_told(tells_of_a_stop)?;
-        Ok(Self { ran: status.running })
+        Ok(Self { ran: here(monitor)?.running })
     }
 
     /// Whether it has run since. False where that is not sure: then ask.
@@ -74,4 +73,58 @@ impl Watched {
 /// The vCPUs run no more: whoever stopped them, or the guest suspended itself. A migration that is over has stopped them too.
 fn tells_of_a_stop(event: &Event) -> bool {
     matches!(&*event.name, "STOP" | "SUSPEND")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+    use std::time::Duration;
+
+    /// Whether a VM is taken to have run since it was looked at, whose QEMU tells these events before its answers, and these after.
+    fn has_run_since(before: &'static [&str], after: &'static [&str]) -> bool {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let qemu = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut commands = BufReader::new(stream.try_clone().unwrap()).lines();
+            let mut read = || -> Value { serde_json::from_str(&commands.next().unwrap().unwrap()).unwrap() };
+            let version = json!({ "qemu": { "major": 7, "minor": 2, "micro": 0 }, "package": "" });
+            writeln!(stream, "{}", json!({ "QMP": { "version": version, "capabilities": [] } })).unwrap();
+            let tell = |events: &[&str]| {
+                events.iter().map(|event| format!("{{\"event\": \"{event}\"}}\n")).collect::<String>()
+            };
+            let negotiated = json!({ "return": {}, "id": read()["id"] });
+            write!(stream, "{}{negotiated}\n", tell(before)).unwrap();
+            let (status, migration) = (read(), read());
+            let running = json!({ "running": true, "status": "running" });
+            let said = [(status, running), (migration, json!({}))];
+            let said =
+                said.map(|(asked, answer)| format!("{}\n", json!({ "return": answer, "id": asked["id"] })));
+            // In one piece: the events are there as soon as the answers are.
+            stream.write_all(format!("{}{}", said.concat(), tell(after)).as_bytes()).unwrap();
+            stream
+        });
+        let mut monitor = Monitor::connect(&path, Duration::from_secs(10)).unwrap();
+        let watched = Watched::begin(&mut monitor).unwrap();
+        let _open = qemu.join().unwrap();
+        watched.has_run_since(&mut monitor).unwrap()
+    }
+
+    #[test]
+    fn a_vm_has_run_since_if_nothing_was_told_of_a_stop() {
+        assert!(has_run_since(&["STOP", "RESUME"], &[]), "that was before");
+        assert!(has_run_since(&[], &["RTC_CHANGE"]));
+    }
+
+    #[test]
+    fn a_stop_that_is_told_right_after_the_answer_counts() {
+        assert!(!has_run_since(&[], &["STOP"]));
+        assert!(!has_run_since(&[], &["STOP", "RESUME"]), "it is asked again");
+        assert!(!has_run_since(&[], &["SUSPEND"]));
+    }
 }
