@@ -99,7 +99,7 @@ mod tests {
                 events.iter().map(|event| format!("{{\"event\": \"{event}\"}}\n")).collect::<String>()
             };
             let negotiated = json!({ "return": {}, "id": read()["id"] });
-            write!(stream, "{}{negotiated}\n", tell(before)).unwrap();
+            writeln!(stream, "{}{negotiated}", tell(before)).unwrap();
             let (status, migration) = (read(), read());
             let running = json!({ "running": true, "status": "running" });
             let said = [(status, running), (migration, json!({}))];
