@@ -20,6 +20,8 @@ mod here;
 pub mod plan;
 pub mod reserve;
 pub mod restart;
+#[cfg(test)]
+mod scripted;
 mod settle;
 pub mod steps;
 pub mod undo;

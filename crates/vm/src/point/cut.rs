@@ -260,8 +260,8 @@ pub fn export(monitor: &mut Monitor, plan: &Plan) -> Result<Vec<DiskExport>, Poi
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::point::scripted::{Scripted, answer};
     use serde_json::{Value, json};
-    use std::io::{BufRead, BufReader, Write};
     use std::os::unix::net::UnixListener;
     use std::thread;
 
@@ -275,16 +275,12 @@ mod tests {
         // Not waited for: if `resume` is content with fewer connections, its answer shows that.
         thread::spawn(move || {
             for answers in connections {
-                let (mut stream, _) = listener.accept().unwrap();
-                let mut commands = BufReader::new(stream.try_clone().unwrap()).lines();
-                let version = json!({ "qemu": { "major": 7, "minor": 2, "micro": 0 }, "package": "" });
-                writeln!(stream, "{}", json!({ "QMP": { "version": version, "capabilities": [] } })).unwrap();
-                for answer in [json!({})].into_iter().chain(answers) {
-                    let command: Value = serde_json::from_str(&commands.next().unwrap().unwrap()).unwrap();
-                    writeln!(stream, "{}", json!({ "return": answer, "id": command["id"] })).unwrap();
+                let mut qemu = Scripted::serve(&listener, &[]);
+                for said in answers {
+                    let command = qemu.hear();
+                    qemu.say(&answer(&command, json!({ "return": said })));
                 }
-                // Ends with the next command, or with its sender.
-                let _next = commands.next();
+                qemu.wait();
             }
         });
         let mut monitor = Monitor::connect(&path, LIMIT).unwrap();
@@ -306,21 +302,15 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let (stands, standing) = std::sync::mpsc::channel();
         let qemu = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut commands = BufReader::new(stream.try_clone().unwrap()).lines();
-            let mut read = || -> Value { serde_json::from_str(&commands.next().unwrap().unwrap()).unwrap() };
-            let version = json!({ "qemu": { "major": 7, "minor": 2, "micro": 0 }, "package": "" });
-            writeln!(stream, "{}", json!({ "QMP": { "version": version, "capabilities": [] } })).unwrap();
-            writeln!(stream, "{}", json!({ "return": {}, "id": read()["id"] })).unwrap();
-            let asked: Vec<Value> = answers.iter().map(|_| read()).collect();
+            let mut qemu = Scripted::serve(&listener, &[]);
+            let asked: Vec<Value> = answers.iter().map(|_| qemu.hear()).collect();
             let mut stood = false;
-            for (command, (name, mut answer)) in asked.iter().zip(answers) {
+            for (command, (name, said)) in asked.iter().zip(answers) {
                 assert_eq!(command["execute"], name);
                 if name == "qom-set" && !stood {
                     stood = standing.recv_timeout(Duration::from_millis(500)).is_ok();
                 }
-                answer["id"] = command["id"].clone();
-                writeln!(stream, "{answer}").unwrap();
+                qemu.say(&answer(command, said));
             }
             stood
         });

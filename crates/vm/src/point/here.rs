@@ -78,8 +78,8 @@ fn tells_of_a_stop(event: &Event) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, json};
-    use std::io::{BufRead, BufReader, Write};
+    use crate::point::scripted::{Scripted, answer, told};
+    use serde_json::json;
     use std::os::unix::net::UnixListener;
     use std::thread;
     use std::time::Duration;
@@ -90,24 +90,13 @@ mod tests {
         let path = folder.path().join("qmp");
         let listener = UnixListener::bind(&path).unwrap();
         let qemu = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut commands = BufReader::new(stream.try_clone().unwrap()).lines();
-            let mut read = || -> Value { serde_json::from_str(&commands.next().unwrap().unwrap()).unwrap() };
-            let version = json!({ "qemu": { "major": 7, "minor": 2, "micro": 0 }, "package": "" });
-            writeln!(stream, "{}", json!({ "QMP": { "version": version, "capabilities": [] } })).unwrap();
-            let tell = |events: &[&str]| {
-                events.iter().map(|event| format!("{{\"event\": \"{event}\"}}\n")).collect::<String>()
-            };
-            let negotiated = json!({ "return": {}, "id": read()["id"] });
-            writeln!(stream, "{}{negotiated}", tell(before)).unwrap();
-            let (status, migration) = (read(), read());
-            let running = json!({ "running": true, "status": "running" });
-            let said = [(status, running), (migration, json!({}))];
-            let said =
-                said.map(|(asked, answer)| format!("{}\n", json!({ "return": answer, "id": asked["id"] })));
+            let mut qemu = Scripted::serve(&listener, before);
+            let (status, migration) = (qemu.hear(), qemu.hear());
+            let runs = json!({ "return": { "running": true, "status": "running" } });
+            let answers = [answer(&status, runs), answer(&migration, json!({ "return": {} }))].concat();
             // In one piece: the events are there as soon as the answers are.
-            stream.write_all(format!("{}{}", said.concat(), tell(after)).as_bytes()).unwrap();
-            stream
+            qemu.say(&format!("{answers}{}", told(after)));
+            qemu
         });
         let mut monitor = Monitor::connect(&path, Duration::from_secs(10)).unwrap();
         let watched = Watched::begin(&mut monitor).unwrap();
