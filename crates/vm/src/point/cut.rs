@@ -74,7 +74,7 @@ pub struct Prepared<'p> {
 /// The disks are cut.
 #[derive(Debug)]
 pub struct Cut {
-    /// How long the vCPUs were stopped; absent if they did not run before.
+    /// How long the vCPUs were stopped at most: until `cont` was answered. Absent if they did not run before.
     pub stopped: Option<Duration>,
     /// They still stood when the last disk had been cut: nobody else had let them go on meanwhile.
     pub stood: bool,
