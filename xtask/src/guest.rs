@@ -59,12 +59,18 @@ pub(crate) fn programs() -> Result<PathBuf, String> {
         "--package",
         "load",
     ];
-    if cargo(&build).run().is_err() {
-        // A toolchain that was installed otherwise than by rust-toolchain.toml may lack the target.
-        program("rustup", &["target", "add", TARGET]).run()?;
-        cargo(&build).run()?;
-    }
+    has_target()?;
+    cargo(&build).run()?;
     Ok(targets::folder()?.join(TARGET).join("agent"))
+}
+
+/// A toolchain that was installed otherwise than by rust-toolchain.toml may lack the target.
+fn has_target() -> Result<(), String> {
+    let libraries = program("rustc", &["--print", "target-libdir", "--target", TARGET]).output()?;
+    if Path::new(libraries.trim()).is_dir() {
+        return Ok(());
+    }
+    program("rustup", &["target", "add", TARGET]).run()
 }
 
 /// The folder with the image of today's recipe, built if it is not in the cache yet.

@@ -81,7 +81,7 @@ impl Page<'_> {
         } else if point.vcpus_stopped && point.stopped_ms <= 0.0 {
             ", while the VM was paused".to_owned()
         } else if point.vcpus_stopped {
-            format!(", virtual CPUs stopped for {:.1} ms", point.stopped_ms)
+            format!(", virtual CPUs stopped for at most {:.1} ms", point.stopped_ms)
         } else {
             String::new()
         };

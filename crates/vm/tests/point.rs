@@ -404,6 +404,26 @@ fn a_program_that_lives_may_have_cont_said_once_more_and_hears_its_own_answers()
 }
 
 #[test]
+fn a_program_that_panics_leaves_the_vcpus_running_and_its_answers_to_itself() {
+    let (mut qemu, mut monitor) = running();
+    let mut restarter = Restarter::start(monitor.duplicate_socket().unwrap()).unwrap();
+    restarter.arm().unwrap();
+    monitor.run(&Stop {}).unwrap();
+    let panicked = std::thread::spawn(move || {
+        let _dropped = restarter;
+        std::panic::resume_unwind(Box::new("as a panic unwinds, without its message"));
+    });
+    panicked.join().unwrap_err();
+    let began = std::time::Instant::now();
+    while !monitor.run(&QueryStatus {}).unwrap().running && began.elapsed() < STOP_LIMIT {}
+    drop(monitor);
+    assert!(
+        qemu.monitor().run(&QueryStatus {}).unwrap().running,
+        "a shell that reads answers would wait for its own"
+    );
+}
+
+#[test]
 fn a_disarmed_restarter_says_nothing() {
     let (mut qemu, mut monitor) = running();
     let mut restarter = Restarter::start(monitor.duplicate_socket().unwrap()).unwrap();

@@ -22,7 +22,8 @@ printf '\n{"execute": "cont", "id": "stillpoint-restart"}\n'
 [ "$word" = dead ] || exec sleep 1
 exec timeout 600 grep -q '"id": "stillpoint-restart"' <&1 >/dev/null"#;
 
-/// While this is armed, the death of this process makes the vCPUs run. Dropping it does so too, and does not wait until they do.
+/// While this is armed, the death of this process makes the vCPUs run. Dropping it does so too, and does not wait until they do: a
+/// panic drops it in a process that may live on, and whoever unwinds then reads QEMU's answers itself.
 #[derive(Debug)]
 #[must_use = "dropping this, once armed, lets the vCPUs run"]
 pub struct Restarter {
@@ -85,9 +86,13 @@ impl Restarter {
 
 impl Drop for Restarter {
     fn drop(&mut self) {
+        let acts = self.is_armed;
+        if std::thread::panicking() {
+            self.say(b"alive\n");
+        }
         // Closing the pipe is what makes the shell act, or end. One that acts waits for QEMU, and this may be the end of our process.
         drop(self.pipe.take());
-        if !self.is_armed {
+        if !acts {
             self.child.wait().ok();
         }
     }
