@@ -39,6 +39,8 @@ struct State {
     wanted: Option<At>,
     held: bool,
     closed: bool,
+    /// How often each event was passed on.
+    told: BTreeMap<String, usize>,
     /// Both ends of every connection.
     connections: Vec<UnixStream>,
 }
@@ -106,6 +108,12 @@ impl Gate {
         self.shared.changed.notify_all();
     }
 
+    /// How often an event of this name was passed on.
+    #[must_use]
+    pub fn told(&self, event: &str) -> usize {
+        self.shared.lock().told.get(event).copied().unwrap_or_default()
+    }
+
     /// Cuts the channel: both sides see its end, and what was held is lost. The next connection is a new one.
     pub fn cut(&self) {
         let mut state = self.shared.lock();
@@ -152,21 +160,27 @@ fn carry(client: UnixStream, server: UnixStream, shared: &Arc<Shared>) -> io::Re
     for (is_request, (from, to)) in [(true, up), (false, down)] {
         let (shared, asked) = (Arc::clone(shared), Arc::clone(&asked));
         std::thread::spawn(move || {
-            let ended = pass_lines(&from, &to, |line| {
-                let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
-                let Some(message) = read(line) else { return };
-                let id = message["id"].to_string();
-                let at: Box<dyn Fn(At) -> bool> = if is_request {
-                    let name = message["execute"].as_str().unwrap_or_default().to_owned();
-                    asked.insert(id, name.clone());
-                    Box::new(move |at| matches!(at, At::Asked(wanted) if wanted == name))
-                } else {
-                    let name = asked.remove(&id).unwrap_or_default();
-                    Box::new(move |at| matches!(at, At::Answered(wanted) if wanted == name))
-                };
-                drop(asked);
-                shared.message(&*at);
-            });
+            let ended = pass_lines(
+                &from,
+                &to,
+                |line| {
+                    let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
+                    let message = read(line)?;
+                    let id = message["id"].to_string();
+                    let at: Box<dyn Fn(At) -> bool> = if is_request {
+                        let name = message["execute"].as_str().unwrap_or_default().to_owned();
+                        asked.insert(id, name.clone());
+                        Box::new(move |at| matches!(at, At::Asked(wanted) if wanted == name))
+                    } else {
+                        let name = asked.remove(&id).unwrap_or_default();
+                        Box::new(move |at| matches!(at, At::Answered(wanted) if wanted == name))
+                    };
+                    drop(asked);
+                    shared.message(&*at);
+                    message["event"].as_str().map(str::to_owned)
+                },
+                |event| *shared.lock().told.entry(event).or_default() += 1,
+            );
             // Either side's end is the other's. What it failed with is nobody's concern: a death is what it is about.
             let _ended = ended.is_ok();
             let _closed = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
@@ -175,8 +189,13 @@ fn carry(client: UnixStream, server: UnixStream, shared: &Arc<Shared>) -> io::Re
     Ok(())
 }
 
-/// Passes bytes on, whole lines only, each after it was shown.
-fn pass_lines(mut from: &UnixStream, mut to: &UnixStream, mut show: impl FnMut(&[u8])) -> io::Result<()> {
+/// Passes bytes on, whole lines only, each after it was shown. What it was shown as is noted once it has been passed on.
+fn pass_lines(
+    mut from: &UnixStream,
+    mut to: &UnixStream,
+    mut show: impl FnMut(&[u8]) -> Option<String>,
+    note: impl Fn(String),
+) -> io::Result<()> {
     let mut rest = Vec::new();
     let mut bytes = [0; 65536];
     loop {
@@ -187,8 +206,9 @@ fn pass_lines(mut from: &UnixStream, mut to: &UnixStream, mut show: impl FnMut(&
         rest.extend_from_slice(&bytes[..count]);
         while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = rest.drain(..=end).collect();
-            show(&line);
+            let shown = show(&line);
             to.write_all(&line)?;
+            shown.into_iter().for_each(&note);
         }
     }
 }
@@ -253,6 +273,20 @@ mod tests {
         assert!(gate.wait(LIMIT) && gate.holds());
         gate.pass();
         assert_eq!(client.hear(), r#"{"return":{},"id":2}"#);
+    }
+
+    #[test]
+    fn events_are_counted_once_the_program_can_hear_them() {
+        let (_folder, gate, mut client, mut server) = pair();
+        assert_eq!(gate.told("STOP"), 0);
+        server.say(r#"{"event":"STOP"}"#);
+        server.say(r#"{"event":"RESUME"}"#);
+        assert_eq!(
+            (client.hear(), client.hear()),
+            (r#"{"event":"STOP"}"#.into(), r#"{"event":"RESUME"}"#.into())
+        );
+        // Whoever hears the second was told the first, and that was noted before the second was passed on.
+        assert_eq!(gate.told("STOP"), 1);
     }
 
     #[test]

@@ -339,6 +339,17 @@ impl Ordeal {
         self.tell_qemu("stop", &json!({}));
     }
 
+    /// The same during a run, which has been told so when this returns.
+    ///
+    /// # Panics
+    /// If QEMU does not answer, or the run is not told.
+    #[track_caller]
+    pub fn pause_the_run(&self) {
+        let before = self.monitor.told("STOP");
+        self.pause();
+        self.until("the event", || self.monitor.told("STOP") > before);
+    }
+
     /// Its owner lets the VM go on.
     ///
     /// # Panics

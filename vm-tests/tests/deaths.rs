@@ -306,7 +306,8 @@ fn silences(extent: Extent) {
         ordeal.agent.hold(FROZEN);
         let mut run = ordeal.run(LONG_LEASE_S);
         ordeal.come_to(&ordeal.agent, &mut run);
-        ordeal.pause();
+        // A run that did not know yet would stop the VM itself, and send its thaw while it cuts.
+        ordeal.pause_the_run();
         ordeal.agent.pass_to(AFTER_THE_POINT);
         ordeal.come_to(&ordeal.agent, &mut run);
         ordeal.agent.pass();
@@ -400,6 +401,33 @@ fn deaths_of_qemu(extent: Extent) {
             println!("   the run ended {:.1?} later:\n{}", began.elapsed(), ended.stderr.trim_end());
             ended.assert_refused(7, "the VM ended during the run");
             assert!(began.elapsed() < Duration::from_secs(30), "nobody is left to wait for");
+            ordeal.count_again();
+            ordeal = ordeal.boot_again();
+        }
+        // Through the gate, behind which the program cannot see whose end it is: what it is told is all that it knows.
+        for (at, is_sealed) in [
+            (At::Answered("stop"), false),
+            (At::Asked("qom-set"), false),
+            (At::Asked("block-export-add"), false),
+            (At::Asked("block-export-del"), true),
+        ] {
+            if !ordeal.takes() {
+                continue;
+            }
+            println!("-- {round}: QEMU killed at {at:?}");
+            ordeal.monitor.hold(at);
+            let mut run = ordeal.run(LONG_LEASE_S);
+            ordeal.come_to(&ordeal.monitor, &mut run);
+            ordeal.kill_qemu();
+            ordeal.monitor.pass();
+            let ended = run.wait().expect("it ends");
+            println!("{}", ended.stderr.trim_end());
+            if is_sealed {
+                assert!(ended.stderr.contains("the snapshot is complete"), "{ended:?}");
+                ended.success().expect("a snapshot");
+            } else {
+                ended.assert_refused(1, "QEMU");
+            }
             ordeal.count_again();
             ordeal = ordeal.boot_again();
         }
