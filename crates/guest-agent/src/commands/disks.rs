@@ -2,7 +2,7 @@
 //!
 //! What udev knows is read from its files; without udev the kernel's own names serve.
 
-mod address;
+pub mod address;
 mod nvme;
 
 pub(super) use address::below;

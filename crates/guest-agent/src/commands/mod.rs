@@ -3,7 +3,7 @@
 //! Nothing here waits. What may touch a disk or take time runs as a job in a thread of its own, what freezes runs
 //! in `run`, and both ring a bell when their answer is ready.
 
-mod disks;
+pub mod disks;
 mod exec;
 mod files;
 mod fsfreeze;

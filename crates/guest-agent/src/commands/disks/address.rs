@@ -125,7 +125,7 @@ fn place_on_virtio(disk: &mut DiskAddress, folder: &Path) {
 }
 
 /// A folder named `DDDD:BB:SS.F` is a PCI device.
-fn pci_address(folder: &Path) -> Option<PciAddress> {
+pub fn pci_address(folder: &Path) -> Option<PciAddress> {
     let name = folder.file_name()?.to_str()?;
     let (rest, function) = name.rsplit_once('.')?;
     let mut parts = rest.split(':').map(|part| i64::from_str_radix(part, 16).ok());
@@ -135,7 +135,7 @@ fn pci_address(folder: &Path) -> Option<PciAddress> {
 }
 
 /// Below `cssN` come the subchannel and the device, each `CSSID.SSID.NUMBER` in hexadecimal.
-fn ccw_address(names: &[&str]) -> Option<CcwAddress> {
+pub fn ccw_address(names: &[&str]) -> Option<CcwAddress> {
     let css = names.iter().position(|name| {
         name.strip_prefix("css").is_some_and(|number| u64::from_str_radix(number, 16).is_ok())
     })?;
@@ -150,7 +150,7 @@ fn ccw_address(names: &[&str]) -> Option<CcwAddress> {
 }
 
 /// A folder named `HOST:CHANNEL:TARGET:LUN` is a SCSI device, as ATA disks are too.
-fn scsi_address(folder: &Path) -> Option<[i64; 4]> {
+pub fn scsi_address(folder: &Path) -> Option<[i64; 4]> {
     folder.ancestors().find_map(|folder| {
         let numbers: Option<Vec<i64>> =
             folder.file_name()?.to_str()?.split(':').map(|number| number.parse().ok()).collect();
