@@ -11,7 +11,6 @@ use serde_json::json;
 use std::io::Write;
 use std::time::Duration;
 use vm::machine::Accelerator;
-use vm::twin::Twin;
 
 /// Lines of the guest's console that are shown when it ends by itself.
 const CONSOLE_LINES_SHOWN: usize = 5;
@@ -56,12 +55,12 @@ pub(crate) fn run(global: &Global, wish: &BootArguments, cancel: &Cancel) -> Res
         match waited {
             Ok(None) => {}
             Ok(Some(status)) if status.success() => {
-                last_words = console(running.twin());
+                last_words = console(&running.twin().console_tail());
                 break "shut down by itself";
             }
             Ok(Some(status)) => {
                 let cause = format!("its QEMU ended with {status}");
-                tell(&console(running.twin()));
+                tell(&console(&running.twin().console_tail()));
                 return Err(Explanation::new(
                     Exit::Failed,
                     "the twin failed",
@@ -88,8 +87,7 @@ pub(crate) fn run(global: &Global, wish: &BootArguments, cancel: &Cancel) -> Res
 }
 
 /// What the guest said last: a panic looks like a shutdown from outside.
-fn console(twin: &Twin) -> String {
-    let tail = twin.console_tail();
+fn console(tail: &str) -> String {
     let said: Vec<&str> = tail.lines().filter(|line| !line.trim().is_empty()).collect();
     let last = &said[said.len().saturating_sub(CONSOLE_LINES_SHOWN)..];
     let lines: String = last.iter().map(|line| format!("  {}\n", Plain(line.trim_end()))).collect();
@@ -126,4 +124,19 @@ pub(super) fn explain(error: &BootError) -> Explanation {
         }
     };
     Explanation::new(Exit::Failed, problem, error.to_string(), to_do)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_console_is_shown_by_its_last_lines_and_moves_no_cursor() {
+        let said: String = (1..=7).map(|number| format!("line {number}\u{1b}[2J\r\n\n")).collect();
+        let shown = console(&said);
+        assert!(!shown.contains('\u{1b}') && !shown.contains('\r'), "{shown:?}");
+        assert_eq!(shown.lines().count(), 1 + CONSOLE_LINES_SHOWN, "{shown}");
+        assert!(shown.contains("line 3\\u{1b}[2J") && !shown.contains("line 2"), "{shown}");
+        assert_eq!(console("\n \n"), "");
+    }
 }
