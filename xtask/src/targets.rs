@@ -23,7 +23,7 @@ pub(crate) struct Targets {
 }
 
 impl Targets {
-    /// Asks cargo. Cargo knows tests by name alone, so those that need a guest must have names of their own.
+    /// Asks cargo. Cargo knows tests by name alone, so those that are run apart (in a guest, with another QEMU) must have names of their own.
     pub(crate) fn list(stock: String) -> Result<Self, String> {
         let metadata = metadata()?;
         let of = |wanted: &dyn Fn(&str) -> bool| -> Vec<String> {
@@ -37,8 +37,12 @@ impl Targets {
         let in_guests = of(&|package| package == "vm-tests");
         let others = of(&|package| package != "vm-tests");
         let of_vm = of(&|package| package == "vm");
-        if let Some(twice) = in_guests.iter().find(|name| others.contains(name)) {
-            return Err(format!("{twice} is a test of vm-tests and of another package: rename one"));
+        let of_the_rest = of(&|package| package != "vm-tests" && package != "vm");
+        let twice = in_guests.iter().find(|name| others.contains(name));
+        if let Some(twice) = twice.or_else(|| of_vm.iter().find(|name| of_the_rest.contains(name))) {
+            return Err(format!(
+                "{twice} is a test of two packages, and one of them is run apart: rename one"
+            ));
         }
         Ok(Self { in_guests, of_vm, others, stock })
     }
