@@ -18,7 +18,7 @@ mod unpack;
 use stage::{Stages, cargo, program};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use targets::{IN_GUESTS, Targets, tests};
+use targets::Targets;
 
 const USAGE: &str = "\
 cargo xtask COMMAND
@@ -106,10 +106,12 @@ fn test_long() -> Result<(), String> {
             .run()
     })?;
     stages.run("fuzz targets compile", fuzz::check)?;
-    stages.run("long tests in real guests", || targets.in_guests(&parts, &packages, &["--ignored"], &[]))?;
+    stages.run("long tests in real guests", || {
+        lanes::run(targets.in_guests(&parts, &packages, &["--ignored"], &[]))
+    })?;
     stages.run("tests in real guests on the later QEMU", || {
         let path = later_qemu::path_with(&later);
-        targets.in_guests(&parts, &packages, &["--include-ignored"], &[("PATH", &path)])
+        lanes::run(targets.in_guests(&parts, &packages, &["--include-ignored"], &[("PATH", &path)]))
     })?;
     stages.run("dependencies", || check::dependencies(true))?;
     stages.report();
@@ -132,18 +134,13 @@ fn quick_tests(stages: &mut Stages) -> Result<Tested, String> {
     let targets = Targets::list(stock)?;
     stages.run("unit tests", || targets.without_guests(&[]))?;
     let parts = stages.run("guest image, agent and load", guest::parts)?;
-    // The tests run the program as a user does, so it must be there beside them.
-    stages.run("build", || cargo(&["build", "--quiet", "--workspace", "--bin", "stillpoint"]).run())?;
     let packages = stages.run("packages, and libvirt", packages::parts)?;
-    stages.run("tests in real guests", || targets.in_guests(&parts, &packages, &[], &[]))?;
     let later = stages.run("a later QEMU", later_qemu::programs)?;
-    let path = later_qemu::path_with(&later);
-    stages.run("what speaks with QEMU, with the later one", || {
-        targets.with_qemu().env("PATH", &path).run()?;
-        tests(&["snapshot".to_owned()], IN_GUESTS)
-            .env("STILLPOINT_GUEST", &parts.to_string())
-            .env("PATH", &path)
-            .run()
+    stages.run("tests in real guests, and what speaks with QEMU with the later one", || {
+        targets.build_for_guests()?;
+        let mut programs = targets.with_qemu_of(&later_qemu::path_with(&later), &parts);
+        programs.extend(targets.in_guests(&parts, &packages, &[], &[]));
+        lanes::run(programs)
     })?;
     Ok(Tested { targets, parts, packages, later })
 }

@@ -11,7 +11,13 @@ use serde_json::Value;
 use std::path::PathBuf;
 
 /// The tests of one target come one after the other: each has a guest, and several targets run at once.
-pub(crate) const IN_GUESTS: &[&str] = &["--test-threads=1", "--nocapture"];
+const IN_GUESTS: &[&str] = &["--test-threads=1", "--nocapture"];
+
+/// Those that take longest, which are begun first: one of them at the end would have all lanes but its own wait.
+const LONGEST: &[&str] = &["deaths", "exhausted_guest", "packages", "systemd", "snapshot"];
+
+/// Freezes real file systems, one test after the other, and mostly waits for leases to end: the others have the processors.
+const MOSTLY_WAITS: &str = "native_freeze";
 
 /// The names of all integration tests.
 pub(crate) struct Targets {
@@ -51,16 +57,27 @@ impl Targets {
     pub(crate) fn without_guests(&self, words: &[&str]) -> Result<(), String> {
         let words = [&["--"], words].concat();
         cargo(&[&["test", "--workspace", "--lib", "--bins"], &words[..]].concat()).run()?;
-        tests(&self.others, &words[1..]).env("STILLPOINT_STOCK_AGENTS", &self.stock).run()?;
+        built(&self.others)?;
+        let (waiting, working): (Vec<&str>, Vec<&str>) =
+            self.others.iter().map(String::as_str).partition(|name| *name == MOSTLY_WAITS);
+        let of = |names: Vec<&str>| tests(&names, &words[1..]).env("STILLPOINT_STOCK_AGENTS", &self.stock);
+        lanes::run(vec![of(waiting), of(working)])?;
         cargo(&[&["test", "--workspace", "--doc"], &words[..]].concat()).run()
     }
 
-    /// What has a QEMU but no guest.
-    pub(crate) fn with_qemu(&self) -> Program {
-        tests(&self.of_vm, &[])
+    /// Builds what needs a guest, and the program, which these tests run as a user does.
+    pub(crate) fn build_for_guests(&self) -> Result<(), String> {
+        built(&self.in_guests)
     }
 
-    /// Everything that needs a guest, with more words for the tests and more in their environment.
+    /// What has a QEMU but no guest, and snapshots of a guest, with the QEMU that comes first in this `PATH`.
+    pub(crate) fn with_qemu_of(&self, path: &str, parts: &Parts) -> Vec<Program> {
+        let without_guest = tests(&self.of_vm, &[]).env("PATH", path);
+        let in_guest = tests(&["snapshot"], IN_GUESTS).env("PATH", path);
+        vec![in_guest.env("STILLPOINT_GUEST", &parts.to_string()), without_guest]
+    }
+
+    /// Everything that needs a guest, with more words for the tests and more in their environment; the longest first.
     ///
     /// A test that is not told of the parts asks xtask itself, and waits for cargo's locks: in each lane, once more.
     pub(crate) fn in_guests(
@@ -69,23 +86,30 @@ impl Targets {
         packages: &packages::Parts,
         words: &[&str],
         environment: &[(&str, &str)],
-    ) -> Result<(), String> {
-        let which: Vec<&str> = self.in_guests.iter().flat_map(|name| ["--test", name.as_str()]).collect();
-        cargo(&[&["test", "--workspace", "--no-run"], &which[..]].concat()).run()?;
-        let of = |name: &String| {
-            let test = tests(std::slice::from_ref(name), &[IN_GUESTS, words].concat());
+    ) -> Vec<Program> {
+        let of = |name: &str| {
+            let test = tests(&[name], &[IN_GUESTS, words].concat());
             let test = test
                 .env("STILLPOINT_GUEST", &parts.to_string())
                 .env("STILLPOINT_PACKAGES", &packages.to_string());
             environment.iter().fold(test, |test, (name, value)| test.env(name, value))
         };
-        lanes::run(self.in_guests.iter().map(of).collect())
+        let mut names: Vec<&str> = self.in_guests.iter().map(String::as_str).collect();
+        names.sort_by_key(|name| LONGEST.iter().position(|long| long == name).unwrap_or(LONGEST.len()));
+        names.into_iter().map(of).collect()
     }
 }
 
+/// Builds these tests, and the program: without a test beside it, it would be compiled with other features, and all that it
+/// is made of once more.
+fn built(names: &[String]) -> Result<(), String> {
+    let which: Vec<&str> = names.iter().flat_map(|name| ["--test", name.as_str()]).collect();
+    cargo(&[&["build", "--workspace", "--bin", "stillpoint"], &which[..]].concat()).run()
+}
+
 /// These tests, with words for each.
-pub(crate) fn tests(names: &[String], words: &[&str]) -> Program {
-    let which = names.iter().flat_map(|name| ["--test", name.as_str()]);
+fn tests(names: &[impl AsRef<str>], words: &[&str]) -> Program {
+    let which = names.iter().flat_map(|name| ["--test", name.as_ref()]);
     let all: Vec<&str> =
         ["test", "--workspace"].into_iter().chain(which).chain(["--"]).chain(words.iter().copied()).collect();
     cargo(&all)
