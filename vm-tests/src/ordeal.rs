@@ -93,9 +93,9 @@ fn pids(pattern: &str) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
     /// A quarter of the deaths, once: each victim at another step than the one before. Every fourth of them is followed by a
-    /// run that has to be whole, and so is the last.
+    /// run that has to be whole, and so is the last. The load leaves the processor to them.
     Quarter,
-    /// Each death three times, and each is followed by such a run.
+    /// Each death three times, under a heavy load, and each is followed by such a run.
     ThreeTimes,
 }
 
@@ -135,7 +135,7 @@ impl Ordeal {
     #[track_caller]
     pub fn begin(builder: GuestBuilder, stillpoint: Stillpoint, extent: Extent) -> Self {
         let guest = builder.lifetime(LIFETIME).start().expect("QEMU starts");
-        put_to_work(&guest);
+        put_to_work(&guest, extent);
         let gate = |socket| Gate::before(socket, guest.folder()).expect("a gate");
         let (monitor, agent) = (gate(&guest.qmp_socket()), gate(&guest.agent_socket()));
         // A VM of that name that runs no more may be registered.
@@ -169,7 +169,7 @@ impl Ordeal {
     /// If it does not boot.
     #[track_caller]
     pub fn works_again(&self) {
-        put_to_work(&self.guest);
+        put_to_work(&self.guest, self.extent);
     }
 
     /// Starts a run whose freeze has a lease of so many seconds.
@@ -447,12 +447,10 @@ impl Ordeal {
     #[track_caller]
     #[must_use]
     pub fn boot_again(self) -> Self {
-        let Self { guest, stillpoint, extent, folders: mut disks_of, .. } = self;
+        let Self { guest, stillpoint, extent, steps, mut folders, .. } = self;
         let (folder, disks) = guest.kill();
-        disks_of.push(folder);
-        let mut ordeal = Self::begin(Guest::builder().disks(disks), stillpoint, extent);
-        ordeal.folders = disks_of;
-        ordeal
+        folders.push(folder);
+        Self { steps, folders, ..Self::begin(Guest::builder().disks(disks), stillpoint, extent) }
     }
 
     /// Waits for the end of a run that has to leave a snapshot, worth no more than `most`, and nothing else.
@@ -587,11 +585,14 @@ impl Ordeal {
 }
 
 #[track_caller]
-fn put_to_work(guest: &Guest) {
+fn put_to_work(guest: &Guest, extent: Extent) {
     println!("our agent after {:.1?}", guest.agent_ready(LIMIT));
     guest.booted(LIMIT);
     println!("PostgreSQL after {:.1?}", guest.postgresql_ready(LIMIT));
-    guest.start_load();
+    match extent {
+        Extent::Quarter => guest.start_load(),
+        Extent::ThreeTimes => guest.start_heavy_load(),
+    }
 }
 
 /// Whether neither the level that a snapshot was stored with nor the one that is shown for it exceeds what its receipt has

@@ -15,7 +15,7 @@ fn nothing_acknowledged_before_the_freeze_is_missing_in_a_twin_and_a_cut_without
     let (qmp, agent) = (guest.qmp_socket(), guest.agent_socket());
     let add = ["vm", "add", "db1", "--qmp", &qmp.to_string_lossy(), "--agent", &agent.to_string_lossy()];
     stillpoint.run(&add).and_then(|ended| ended.success()).expect("it is registered");
-    guest.start_load();
+    guest.start_heavy_load();
     for kind in ['c', 'w', 'x'] {
         assert!(guest.acks().wait_for(kind, 100, LOAD_LIMIT), "{}", guest.exec("cat /run/load.log").out);
     }

@@ -19,7 +19,7 @@ fn a_guest_without_our_agent_gets_the_level_that_can_be_shown_and_nothing_when_m
     guest.booted(LIMIT);
     guest.start_writers();
     guest.writes_go_on(LIMIT);
-    let stillpoint = Stillpoint::new().expect("a repository");
+    let stillpoint = Stillpoint::with_key_file().expect("a repository");
     stillpoint.register("stock", &guest.qmp_socket(), Some(&guest.agent_socket())).expect("registered");
     stillpoint.register("bare", &guest.qmp_socket(), None).expect("registered");
 
@@ -74,9 +74,8 @@ fn increments_are_small_restores_are_equal_and_a_deleted_parent_is_not_missed() 
         guest.agent_ready(LIMIT),
         guest.postgresql_ready(LIMIT)
     );
-    let stillpoint = Stillpoint::new().expect("a repository");
+    let stillpoint = Stillpoint::with_key_file().expect("a repository");
     stillpoint.register("db1", &guest.qmp_socket(), Some(&guest.agent_socket())).expect("registered");
-    guest.start_pgbench(1, 3600);
     guest.start_load();
     guest.writes_go_on(LIMIT);
 

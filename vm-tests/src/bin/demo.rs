@@ -57,7 +57,7 @@ fn demo(sabotage: Option<Sabotage>) -> Result<(), String> {
 
     say(&"load: pgbench, a client that records its commits, and writers that never sync");
     guest.start_pgbench(2, 3600);
-    guest.start_load();
+    guest.start_heavy_load();
     for kind in ['c', 'w', 'x'] {
         if !guest.acks().wait_for(kind, ACKNOWLEDGED_MIN, LOAD_LIMIT) {
             return Err(format!("too few acknowledgements: {}", guest.exec("cat /run/load.log").out));
