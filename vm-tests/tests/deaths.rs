@@ -385,10 +385,13 @@ fn deaths_of_qemu(extent: Extent) {
     let mut ordeal = begin(extent);
     for round in extent.rounds() {
         for (at, step) in [
-            (At::Asked("stillpoint-freeze"), "before the freeze"),
             (FROZEN, "in the freeze"),
+            (At::Asked("stillpoint-freeze"), "before the freeze"),
             (AFTER_THE_POINT, "after the point"),
         ] {
+            if !ordeal.takes() {
+                continue;
+            }
             println!("-- {round}: QEMU killed {step}");
             ordeal.monitor_without_gate();
             ordeal.agent.hold(at);
