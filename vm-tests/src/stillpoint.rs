@@ -37,7 +37,7 @@ pub fn writing_guest() -> (Guest, Stillpoint) {
     guest.booted(LIMIT);
     guest.start_writers();
     guest.writes_go_on(LIMIT);
-    let stillpoint = Stillpoint::new().expect("a repository");
+    let stillpoint = Stillpoint::with_key_file().expect("a repository");
     stillpoint.register("db1", &guest.qmp_socket(), Some(&guest.agent_socket())).expect("registered");
     (guest, stillpoint)
 }

@@ -15,7 +15,7 @@ fn a_qcow2_disk_keeps_its_bitmap_over_a_clean_shutdown_and_a_raw_one_is_compared
     };
     let disks =
         vec![disk("root", &image.root(), DiskFormat::Qcow2), disk("data", &image.data(), DiskFormat::Raw)];
-    let stillpoint = Stillpoint::new().expect("a repository");
+    let stillpoint = Stillpoint::with_key_file().expect("a repository");
     let start = |disks: Vec<Disk>| {
         let guest =
             Guest::builder().disks(disks).append("stillpoint.postgresql=off").start().expect("QEMU starts");

@@ -22,7 +22,7 @@ fn deaths_under_systemd_three_times() {
 
 fn deaths_under_systemd(extent: Extent) {
     let builder = Guest::builder().init(Init::Systemd).vcpus(2).memory_mib(1024);
-    let mut ordeal = Ordeal::begin(builder, Stillpoint::new().expect("a repository"), extent);
+    let mut ordeal = Ordeal::begin(builder, Stillpoint::with_key_file().expect("a repository"), extent);
     println!(
         "{}",
         ordeal
