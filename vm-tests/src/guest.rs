@@ -388,7 +388,7 @@ impl Guest {
         self.start_acknowledging(&format!("--commits bench {PACED}"));
     }
 
-    /// The same without a rest between two writes that would be worth the name: an emulated processor does nothing else.
+    /// The same at the load's own pace, which leaves an emulated processor no time for anything else.
     pub fn start_heavy_load(&self) {
         self.start_acknowledging("--commits bench");
     }
