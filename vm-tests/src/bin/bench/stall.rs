@@ -52,6 +52,7 @@ enum Turn {
 
 pub(crate) fn run(snapshots: u32, dirty_mib_per_s: u32) -> Result<(), String> {
     println!("== stall: the longest wait in the guest, {snapshots} snapshots of each kind, in turn");
+    println!("images, scratch and repository: {}", std::env::temp_dir().display());
     // Beside the rounds: boot, filling the load's files, a round that was begun in time.
     let lifetime = ROUNDS_MAX + READY_MAX * 4;
     let older_agent = std::env::var_os(OLDER_AGENT).map(std::path::PathBuf::from);
