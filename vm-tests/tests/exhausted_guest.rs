@@ -68,6 +68,8 @@ fn a_guest_without_space_or_memory_keeps_its_writes_its_database_and_its_thaw() 
 
     let pressed = stillpoint.must(&["snapshot", "db1", "--lease", "30"]);
     println!("level under pressure: {}, {}", pressed["level"], pressed["stall"]);
+    let why = pressed["reasons"].as_array().expect("a list");
+    assert!(pressed["level"] == "application" || !why.is_empty(), "what is worth less says why: {pressed}");
     guest.exec("touch /run/enough").success();
     guest.writes_go_on(LIMIT);
     let commits = guest.acks().highest('c');
