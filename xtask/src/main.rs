@@ -191,7 +191,7 @@ fn bench(arguments: &[String]) -> Result<(), String> {
 }
 
 /// Where `bench stall` keeps images, scratch and repository: in memory, unless somebody named another folder or there is too little of it.
-/// While this machine's page cache goes to its disk, a hypervisor may hold its processors, and then that is what is measured.
+/// On a machine's disk a hypervisor was seen to hold the processors meanwhile, and then that is what is measured (`docs/performance.md`).
 fn folder_in_memory() -> Result<Option<&'static str>, String> {
     const FOLDER: &str = "/dev/shm";
     /// Its files come to 7 GiB after ten snapshots, the guest has 4.
