@@ -198,7 +198,8 @@ fn folder_in_memory() -> Result<Option<&'static str>, String> {
     const ROOM_MIN_KIB: u64 = 10 << 20;
     const MEMORY_MIN_KIB: u64 = 16 << 20;
     let number = |text: &str| text.split_whitespace().find_map(|word| word.parse::<u64>().ok()).unwrap_or(0);
-    let room = program("df", &["--block-size=1K", "--output=avail", FOLDER]).output()?;
+    // Where there is no such folder, there is no room in it.
+    let room = program("df", &["--block-size=1K", "--output=avail", FOLDER]).output().unwrap_or_default();
     let memory = fs::read_to_string("/proc/meminfo").map_err(|error| format!("/proc/meminfo: {error}"))?;
     let available = memory.lines().find(|line| line.starts_with("MemAvailable:")).unwrap_or_default();
     let is_roomy = number(&room) >= ROOM_MIN_KIB && number(available) >= MEMORY_MIN_KIB;
